@@ -1,0 +1,35 @@
+# Each target makes its own virtual environment when missing and installs what it needs.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: help demo test lint bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per extra: reinstalled only when pyproject.toml changes.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.installed-examples  ## train every method on real digits: a table and a picture in out/
+	$(BIN)/python -m examples.compare --out out $(DEMO_ARGS)
+
+test: $(VENV)/.installed-test  ## the whole test suite
+	$(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)
+
+lint: $(VENV)/.installed-lint  ## style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-bench  ## the short benchmarks
+	$(BIN)/python -m benchmarks.step_time $(BENCH_ARGS)
+
+clean:  ## remove the virtual environment and every output
+	rm -rf $(VENV) out

@@ -1,0 +1,80 @@
+"""Tree arithmetic that `optax.tree` lacks: norms and products that survive half precision."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+EPSILON = 1e-12  # Guards every division by a norm; the value of the SAM reference implementations.
+
+
+def accumulator_dtype(dtype: Any) -> Any:
+    """The dtype to accumulate in: float32 at least, integers as they are."""
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype
+
+
+def scalar_dtype(tree: Any) -> Any:
+    """The real dtype of norms and scalar products of `tree`: float32 at least."""
+    dtypes = (jnp.finfo(x.dtype).dtype for x in _inexact_leaves(tree))
+    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+
+
+def vdot(tree: Any, other: Any) -> jax.Array:
+    """Real part of the inner product, summed in `scalar_dtype`.
+
+    Unlike `optax.tree.vdot` it does not overflow in float16, and products are taken elementwise:
+    a dot product would be rounded to bfloat16 or TF32 on accelerators by default.
+    """
+    dtype = scalar_dtype(tree)
+
+    def leaf_vdot(x: jax.Array, y: jax.Array) -> jax.Array:
+        x, y = (z.astype(accumulator_dtype(z.dtype)) for z in (x, y))
+        return jnp.sum((x.conj() * y).real, dtype=dtype)
+
+    products = jax.tree.leaves(jax.tree.map(leaf_vdot, tree, other))
+    return sum(products, start=jnp.zeros([], dtype))
+
+
+def norm(tree: Any) -> jax.Array:
+    """The global Euclidean norm over all leaves, in `scalar_dtype`."""
+    return jnp.sqrt(vdot(tree, tree))
+
+
+def scale(scalar: Any, tree: Any) -> Any:
+    """`scalar * tree`, each leaf in its own dtype."""
+    return jax.tree.map(lambda x: (scalar * x).astype(x.dtype), tree)
+
+
+def add_scaled(tree: Any, scalar: Any, other: Any) -> Any:
+    """`tree + scalar * other`, each leaf in the dtype of `tree`."""
+    return jax.tree.map(lambda x, y: (x + scalar * y).astype(x.dtype), tree, other)
+
+
+def copy_of(tree: Any, dtype_of: Any = lambda dtype: dtype) -> Any:
+    """A copy that shares no buffer with `tree`, so that both can be donated."""
+    return jax.tree.map(lambda x: jnp.array(x, dtype=dtype_of(jnp.result_type(x)), copy=True), tree)
+
+
+def merge_masked(trees: Iterable[Any], like: Any) -> Any:
+    """One tree of the structure of `like`: each leaf from the tree that has it, else None's place.
+
+    Trees made under `optax.masked` or `optax.partition` hold `optax.MaskedNode` where they do not
+    apply. A leaf that no tree has comes back as `optax.MaskedNode`.
+    """
+
+    def pick(_: Any, *candidates: Any) -> Any:
+        return next((c for c in candidates if not is_masked(c)), optax.MaskedNode())
+
+    return jax.tree.map(pick, like, *trees)
+
+
+def is_masked(leaf: Any) -> bool:
+    """Whether `leaf` stands for one that `optax.masked` cut out."""
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def _inexact_leaves(tree: Any) -> list[jax.Array]:
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
