@@ -36,7 +36,7 @@ class AverageState(NamedTuple):
                 return param
             return jnp.where(self.total_weight > 0, mean.astype(param.dtype), param)
 
-        return jax.tree.map(leaf, params, self.mean)
+        return jax.tree.map(leaf, params, _tree.merge_masked([self.mean], params))
 
 
 def swa(

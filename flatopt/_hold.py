@@ -24,7 +24,7 @@ class HoldPerturbedState(NamedTuple):
 
     def eval_params(self, params: optax.Params) -> optax.Params:
         """Returns the centre, `params - offset`."""
-        return _tree.add_scaled(params, -1.0, self.offset)
+        return _move(params, -1.0, _tree.merge_masked([self.offset], params))
 
 
 def hold_perturbed(
@@ -122,13 +122,7 @@ class MsamState(NamedTuple):
 
     def eval_params(self, params: optax.Params) -> optax.Params:
         """Returns the centre, `params + scale * momentum`."""
-
-        def leaf(param: jax.Array, momentum: Any) -> jax.Array:
-            if _tree.is_masked(momentum):
-                return param
-            return (param + self.scale * momentum).astype(param.dtype)
-
-        return jax.tree.map(leaf, params, _momentum(self.inner_state, params))
+        return _move(params, self.scale, _momentum(self.inner_state, params))
 
 
 def msam(
@@ -152,7 +146,8 @@ def msam(
         preconditioner, no Nesterov look-ahead.
       rho: length of the displacement, in units of the parameters' Euclidean norm: a number, a
         traced array, or a schedule of the step count. A negative value is the ascent variant, which
-        displaces against the coming update.
+        displaces against the coming update. With the number 0 this is `optimizer`, bit for bit; to
+        switch off in mid-run use a schedule, which takes the last offset back.
 
     Returns:
       A wrapper to be outermost. Evaluate at the centre: `flatopt.eval_params(opt_state, params)`.
@@ -184,6 +179,7 @@ def msam(
       and two scalars. Keep parameters in float32: in half precision each step rounds the centre.
     """
     _checks.check_number("rho", rho)
+    off = _checks.is_zero(rho)  # Adding zero would still change how XLA rounds.
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: optax.Params) -> MsamState:
@@ -201,10 +197,13 @@ def msam(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, MsamState]:
-        centre = None if params is None else state.eval_params(params)
+        centre = params if off or params is None else state.eval_params(params)
         inner_updates, inner_state = optimizer.update(
             updates, state.inner_state, centre, **extra_args
         )
+        step = optax.safe_increment(state.step)
+        if off:
+            return inner_updates, MsamState(step, state.scale, inner_state)
         old = _momentum(state.inner_state, updates)
         new = _momentum(inner_state, updates)
         radius = rho(state.step) if callable(rho) else rho
@@ -216,9 +215,20 @@ def msam(
             return (update + (state.scale * m_old - scale * m_new)).astype(update.dtype)
 
         moves = jax.tree.map(leaf, inner_updates, old, new)
-        return moves, MsamState(optax.safe_increment(state.step), scale, inner_state)
+        return moves, MsamState(step, scale, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _move(params: optax.Params, scale: jax.typing.ArrayLike, direction: Any) -> optax.Params:
+    """`params + scale * direction`, in the dtypes of `params`; masked leaves stay."""
+
+    def leaf(param: jax.Array, towards: Any) -> jax.Array:
+        if _tree.is_masked(towards):
+            return param
+        return (param + scale * towards).astype(param.dtype)
+
+    return jax.tree.map(leaf, params, direction)
 
 
 def _momentum(state: optax.OptState, like: Any) -> Any:

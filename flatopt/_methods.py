@@ -160,8 +160,9 @@ def wasam(
 def _ascent_stage(
     rho: optax.ScalarOrSchedule, perturbation: optax.GradientTransformation, **kwargs: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """`gradient_at`; without a displacement, the plain gradient bit for bit and at no cost."""
+    """`gradient_at`; where rho is the number 0, the plain gradient bit for bit and at no cost."""
     stage = gradient_at(perturbation, **kwargs)
     if _checks.is_zero(rho):
-        return optax.with_extra_args_support(optax.identity())
+        untouched = optax.with_extra_args_support(optax.identity())
+        return optax.GradientTransformationExtraArgs(stage.init, untouched.update)
     return stage

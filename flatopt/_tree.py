@@ -48,27 +48,21 @@ def scale(scalar: Any, tree: Any) -> Any:
     return jax.tree.map(lambda x: (scalar * x).astype(x.dtype), tree)
 
 
-def add_scaled(tree: Any, scalar: Any, other: Any) -> Any:
-    """`tree + scalar * other`, each leaf in the dtype of `tree`."""
-    return jax.tree.map(lambda x, y: (x + scalar * y).astype(x.dtype), tree, other)
-
-
-def copy_of(tree: Any, dtype_of: Any = lambda dtype: dtype) -> Any:
-    """A copy that shares no buffer with `tree`, so that both can be donated."""
-    return jax.tree.map(lambda x: jnp.array(x, dtype=dtype_of(jnp.result_type(x)), copy=True), tree)
-
-
 def merge_masked(trees: Iterable[Any], like: Any) -> Any:
-    """One tree of the structure of `like`: each leaf from the tree that has it, else None's place.
+    """One tree of the structure of `like`: each leaf from the tree that has it.
 
-    Trees made under `optax.masked` or `optax.partition` hold `optax.MaskedNode` where they do not
-    apply. A leaf that no tree has comes back as `optax.MaskedNode`.
+    Trees made under `optax.masked` or `optax.partition` hold `optax.MaskedNode` in place of leaves
+    or whole subtrees. A leaf of `like` that no tree has comes back as `optax.MaskedNode`.
     """
+
+    def spread_mask(node: Any, subtree: Any) -> Any:
+        return jax.tree.map(lambda _: node, subtree) if is_masked(node) else node
 
     def pick(_: Any, *candidates: Any) -> Any:
         return next((c for c in candidates if not is_masked(c)), optax.MaskedNode())
 
-    return jax.tree.map(pick, like, *trees)
+    spread = [jax.tree.map(spread_mask, tree, like, is_leaf=is_masked) for tree in trees]
+    return jax.tree.map(pick, like, *spread)
 
 
 def is_masked(leaf: Any) -> bool:

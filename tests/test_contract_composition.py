@@ -1,0 +1,155 @@
+"""Every method inside and around optax's own wrappers, vmapped and donated."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import flatopt
+from tests import cases
+from tests.cases import Case
+
+HIDDEN = {"hidden": True, "out": False, "temperature": False}
+
+
+@pytest.mark.parametrize("case", cases.cases())
+def test_inside_a_chain_with_extra_arguments(case: Case):
+    """A neighbour that needs `value=` gets it, and the method does not mind."""
+    plateau = optax.contrib.reduce_on_plateau()
+    tx, params = optax.chain(case.build(), plateau), cases.init_params()
+    opt_state = tx.init(params)
+    loss, grads = jax.value_and_grad(cases.loss_fn)(params, cases.make_batch())
+    grad_fn = flatopt.make_grad_fn(cases.loss_fn, cases.make_batch())
+    updates, _ = tx.update(grads, opt_state, params, value=loss, grad_fn=grad_fn)
+    expected, _ = cases.run(case.build(), params, steps=1, transform=lambda f: f)
+    cases.assert_equal(optax.apply_updates(params, updates), expected)
+
+
+@pytest.mark.parametrize("case", cases.cases())
+def test_named_chain_and_conditionally_transform(case: Case):
+    inner = optax.conditionally_transform(case.build(), lambda step: step >= 0)
+    named = optax.named_chain(("method", inner))
+    params, state = cases.run(named)
+    expected, expected_state = cases.run(case.build())
+    cases.assert_close(params, expected)
+    cases.assert_close(
+        flatopt.eval_params(state, params), flatopt.eval_params(expected_state, expected)
+    )
+
+
+@pytest.mark.parametrize("case", cases.cases())
+def test_under_multi_steps_of_one(case: Case):
+    multi = optax.MultiSteps(case.build(), 1).gradient_transformation()
+    params, state = cases.run(multi)
+    expected, expected_state = cases.run(case.build())
+    cases.assert_close(params, expected)
+    cases.assert_close(
+        flatopt.eval_params(state, params), flatopt.eval_params(expected_state, expected)
+    )
+
+
+@pytest.mark.parametrize("case", cases.cases())
+def test_inside_masked_works_or_says_what_to_do(case: Case):
+    tx = optax.masked(case.build(), HIDDEN)
+    if case.needs_grad_fn:
+        with pytest.raises(ValueError, match="mask_displacement"):
+            cases.run(tx, steps=1)
+        return
+    params, state = cases.run(tx, steps=3)
+    evaluated = flatopt.eval_params(state, params)
+    cases.assert_equal(evaluated["out"], params["out"])
+    part, part_state = cases.init_params()["hidden"], None
+    # The same steps on the marked part alone.
+    whole, part_tx = cases.init_params(), case.build()
+    part_state = part_tx.init(part)
+    for i in range(3):
+        grads = jax.grad(cases.loss_fn)({**whole, "hidden": part}, cases.make_batch(i))
+        updates, part_state = part_tx.update(grads["hidden"], part_state, part)
+        part = optax.apply_updates(part, updates)
+        rest = {"out": grads["out"], "temperature": grads["temperature"]}
+        whole = {**whole, **optax.apply_updates({k: whole[k] for k in rest}, rest)}
+    cases.assert_close(params["hidden"], part, rtol=1e-4, atol=1e-5)
+    cases.assert_close(
+        evaluated["hidden"], flatopt.eval_params(part_state, part), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("case", cases.cases(inner=lambda c: c.kind == "stage"))
+def test_before_a_partition(case: Case):
+    """Different optimisers for different leaves stand after the stage."""
+    tx = optax.partition(
+        {"train": cases.sgd(), "freeze": optax.set_to_zero()},
+        {"hidden": "train", "out": "freeze", "temperature": "freeze"},
+    )
+    stage = getattr(flatopt, case.factory)(**case.kwargs)
+    params, _ = cases.run(optax.chain(stage, tx))
+    start = cases.init_params()
+    cases.assert_equal(params["out"], start["out"])
+    assert not jnp.allclose(params["hidden"]["kernel"], start["hidden"]["kernel"])
+
+
+@pytest.mark.parametrize("case", cases.cases(has=lambda c: c.hyperparameter is not None))
+def test_inject_hyperparams_needs_no_static_args(case: Case):
+    tx = case.build_injected()
+    params, state = cases.run(tx)
+    cases.assert_close(params, cases.run(case.build())[0])
+    (hyperparams,) = [v for _, v in optax.tree.get_all_with_path(state, "hyperparams")]
+    assert hyperparams[case.hyperparameter] == jnp.float32(case.kwargs[case.hyperparameter])
+    # The state's number is what acts.
+    changed = jax.tree.map(lambda x: x, state)
+    value = 0.5 * case.kwargs[case.hyperparameter]
+    path = {case.hyperparameter: jnp.float32(value)}
+    changed = optax.tree.set(changed, None, **path)
+    actual = cases.run(tx, params, opt_state=changed, first=6, steps=5)[0]
+    unchanged = cases.run(tx, params, opt_state=state, first=6, steps=5)[0]
+    if case.kind != "average":
+        assert not jnp.allclose(actual["hidden"]["kernel"], unchanged["hidden"]["kernel"])
+
+
+@pytest.mark.parametrize("case", cases.cases())
+def test_vmap_over_replicas(case: Case):
+    tx = case.build()
+    seeds = [cases.init_params(seed=s) for s in range(3)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *seeds)
+    step = jax.jit(jax.vmap(cases.train_step(tx), in_axes=(0, 0, None)))
+    params, opt_state = stacked, jax.vmap(tx.init)(stacked)
+    for i in range(4):
+        params, opt_state = step(params, opt_state, cases.make_batch(i))
+    evaluated = jax.vmap(flatopt.eval_params)(opt_state, params)
+    for s, start in enumerate(seeds):
+        expected, state = cases.run(tx, start, steps=4)
+        one = functools.partial(jax.tree.map, lambda x, s=s: x[s])
+        cases.assert_close(one(params), expected)
+        cases.assert_close(one(evaluated), flatopt.eval_params(state, expected))
+
+
+@pytest.mark.parametrize("case", cases.cases(has=lambda c: c.hyperparameter is not None))
+def test_vmap_over_the_hyperparameter(case: Case):
+    value = case.kwargs[case.hyperparameter]
+    values = jnp.float32(value) * jnp.array([1.0, 0.5])
+
+    def train(value: jax.Array):
+        tx = case.build(**{case.hyperparameter: value})
+        params = cases.init_params()
+        opt_state, step = tx.init(params), cases.train_step(tx)
+        for i in range(3):
+            params, opt_state = step(params, opt_state, cases.make_batch(i))
+        return params, flatopt.eval_params(opt_state, params)
+
+    results = jax.jit(jax.vmap(train))(values)
+    for i, v in enumerate((value, 0.5 * value)):
+        params, state = cases.run(case.build(**{case.hyperparameter: v}), steps=3)
+        expected = params, flatopt.eval_params(state, params)
+        cases.assert_close(jax.tree.map(lambda x, i=i: x[i], results), expected)
+
+
+@pytest.mark.parametrize("case", cases.cases())
+def test_parameters_and_state_can_be_donated(case: Case):
+    tx, params = case.build(), cases.init_params()
+    step = jax.jit(cases.train_step(tx), donate_argnums=(0, 1))
+    opt_state = tx.init(params)
+    for i in range(3):
+        params, opt_state = step(params, opt_state, cases.make_batch(i))
+    cases.assert_close(params, cases.run(tx, steps=3)[0])
