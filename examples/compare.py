@@ -1,0 +1,182 @@
+"""Compares the methods on real images: a table, a picture and, if wanted, all numbers as JSON.
+
+Run it with `python -m examples.compare`; `--help` lists the flags.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+import flatopt
+from examples import arguments, datasets, picture, report, training
+from examples.methods import BASELINE, METHODS, Method, Setting
+from examples.models.mlp import MLP
+
+PICTURE = "compare.png"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    command = list(sys.argv[1:] if argv is None else argv)
+    args, dataset = arguments.parse(command)
+    arms = compare(args, dataset)
+    baseline, machine = arms[0], _machine()
+    print(report.table(arms, baseline))
+    print()
+    print(report.verdict(arms, baseline))
+    print()
+    print(_notes(arms, args, machine))
+    results = {
+        "command": ["python", "-m", "examples.compare", *command],
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "versions": _versions(),
+        "machine": machine,
+        "line_positions": training.LINE_POSITIONS.tolist(),
+        "arms": report.to_json(arms, baseline),
+    }
+    try:
+        _write(args, arms, results)
+    except OSError as error:
+        arguments.fail(f"the results cannot be written: {error}")
+    return 0
+
+
+class _Plan(NamedTuple):
+    """One run to do."""
+
+    method: Method
+    equal_gradients: bool
+    steps: int
+    gradient_evaluations: int
+
+
+def compare(args: argparse.Namespace, dataset: datasets.Dataset) -> list[report.Arm]:
+    """Trains and judges every method; the first arm is the baseline.
+
+    Methods that take more gradients than the baseline run once more, shortened to as many.
+    """
+    seeds = list(range(args.seeds))
+    split = datasets.split(dataset, seeds, args.train_size, args.label_noise)
+    batches = datasets.batches(split, seeds, args.steps, args.batch_size)
+    task = training.Task(MLP(classes=dataset.classes), dataset, split, seeds)
+    plans = _plan(args)
+    with tqdm(total=sum(plan.steps for plan in plans), unit="step", leave=False) as bar:
+
+        def run(plan: _Plan) -> report.Arm:
+            bar.set_description(plan.method.name)
+            tx = plan.method.build(_setting(args, plan.steps))
+            first = datasets.Batches(*(part[: plan.steps] for part in batches))
+            trained = training.train(task, tx, first, bar.update)
+            scores = jax.tree.map(np.asarray, task.score(trained.params))
+            return report.Arm(
+                method=plan.method.name,
+                equal_gradients=plan.equal_gradients,
+                steps=plan.steps,
+                gradient_evaluations=plan.gradient_evaluations,
+                seconds=trained.seconds,
+                compile_seconds=trained.compile_seconds,
+                **scores._asdict(),
+            )
+
+        return [run(plan) for plan in plans]
+
+
+def _plan(args: argparse.Namespace) -> list[_Plan]:
+    """Every method at full length, then those that cost more than the baseline, shortened."""
+
+    def entry(name: str, equal_gradients: bool, steps: int) -> _Plan:
+        method = METHODS[name]
+        count = training.count_gradients(method.build(_setting(args, steps)), steps)
+        return _Plan(method, equal_gradients, steps, count)
+
+    full = [entry(name, False, args.steps) for name in args.methods]
+    budget = full[0].gradient_evaluations
+    shortened = [
+        entry(plan.method.name, True, plan.steps * budget // plan.gradient_evaluations)
+        for plan in full
+        if plan.gradient_evaluations > budget
+    ]
+    return full + shortened
+
+
+def _setting(args: argparse.Namespace, steps: int) -> Setting:
+    return Setting(steps, max(1, args.train_size // args.batch_size), args.learning_rate)
+
+
+def _write(args: argparse.Namespace, arms: list[report.Arm], results: dict[str, Any]) -> None:
+    """Writes the picture and the JSON file."""
+    title = (
+        f"{args.dataset}, {args.train_size} training images, {_seeds(args.seeds)}, "
+        f"{args.steps} steps"
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    with _whole_file(args.out / PICTURE) as part:
+        picture.draw(arms, title, part)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        with _whole_file(args.json) as part:
+            part.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    print("Written:", *([args.out / PICTURE] + ([args.json] if args.json else [])))
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """A file to write to that takes the name `path` once it is complete."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("jax", "jaxlib", "optax", "flax", "numpy")
+    versions = {name: metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), "flatopt": flatopt.__version__, **versions}
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def _notes(arms: Sequence[report.Arm], args: argparse.Namespace, machine: dict[str, Any]) -> str:
+    """How to read the table, and what it was measured on."""
+    notes = [
+        f"Means over {_seeds(args.seeds)} ± standard error; differences are paired by seed.",
+        "gradients: evaluations of one seed, counted. run s: all seeds together, not compiling.",
+    ]
+    if any(arm.equal_gradients for arm in arms):
+        notes.append(f"*: shortened to as many gradient evaluations as {BASELINE}.")
+    used = min(args.train_size, training.FLATNESS_IMAGES)
+    if used < args.train_size:
+        notes.append(f"top eigenvalue: of the loss on {used} of the training images.")
+    notes.append(
+        f"Machine: {machine['cpus']} CPUs, backend {machine['backend']} ({machine['device']}), "
+        f"jax {jax.__version__}, flatopt {flatopt.__version__}."
+    )
+    return "\n".join(notes)
+
+
+def _seeds(number: int) -> str:
+    return f"{number} seed" if number == 1 else f"{number} seeds"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

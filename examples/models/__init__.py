@@ -1,0 +1,1 @@
+"""Small Flax models that the examples and benchmarks share."""

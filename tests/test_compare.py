@@ -1,0 +1,480 @@
+"""The comparison of `examples`: tiny whole runs, bad arguments, and what it measures."""
+
+import itertools
+import json
+import urllib.error
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import optax
+import pytest
+import sklearn.datasets
+from matplotlib.text import Text
+
+import flatopt
+from examples import compare, datasets, flatness, methods, picture, report, training
+
+STEPS = 12
+TINY = ["--seeds", "2", "--steps", str(STEPS), "--train-size", "64"]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # A file that goes astray lands where a test sees it.
+    monkeypatch.delenv("FLATOPT_DATA_DIR", raising=False)
+
+
+@pytest.fixture
+def small_task(monkeypatch):
+    """Little to measure, so that whole runs are quick."""
+    monkeypatch.setattr(training, "LINE_DIRECTIONS", 2)
+
+
+def _run(arguments, path):
+    assert (
+        compare.main([*arguments, "--out", str(path / "out"), "--json", str(path / "r.json")]) == 0
+    )
+    return json.loads((path / "r.json").read_text())
+
+
+def _arm(method="sam", accuracy=(0.5, 0.5), **changes):
+    seeds = len(accuracy)
+    fields = {
+        "equal_gradients": False,
+        "steps": STEPS,
+        "gradient_evaluations": STEPS,
+        "accuracy": np.array(accuracy),
+        "train_loss": np.ones(seeds),
+        "top_eigenvalue": np.ones(seeds),
+        "line": np.ones((seeds, len(training.LINE_POSITIONS))),
+        "seconds": 1.0,
+        "compile_seconds": 1.0,
+    }
+    return report.Arm(method=method, **{**fields, **changes})
+
+
+# Whole runs
+
+
+@pytest.mark.usefixtures("small_task")
+def test_whole_run(tmp_path, capsys):
+    results = _run([*TINY, "--methods", "sam,swa,msam"], tmp_path)
+
+    names = [(arm["method"], arm["equal_gradients"]) for arm in results["arms"]]
+    assert names == [(m, False) for m in ("sgd", "sam", "swa", "msam")] + [("sam", True)]
+    assert {"jax", "jaxlib", "optax", "flax", "numpy", "flatopt", "python"} == set(
+        results["versions"]
+    )
+    assert results["versions"]["flatopt"] == flatopt.__version__
+    assert results["machine"]["cpus"] >= 1
+    assert results["settings"]["steps"] == STEPS
+    assert results["command"][-2:] == ["--json", str(tmp_path / "r.json")]
+    baseline = np.array(results["arms"][0]["test_accuracy"])
+    for arm in results["arms"]:
+        accuracy = np.array(arm["test_accuracy"])
+        assert accuracy.shape == (2,)
+        assert ((accuracy >= 0) & (accuracy <= 1)).all()
+        paired = 100 * (accuracy - baseline)
+        np.testing.assert_allclose(arm["test_accuracy_mean"], accuracy.mean())
+        np.testing.assert_allclose(arm["difference_points_mean"], paired.mean())
+        error = abs(paired[0] - paired[1]) / 2  # The standard error of two values.
+        np.testing.assert_allclose(arm["difference_points_standard_error"], error)
+        assert np.isfinite(arm["top_eigenvalue"]).all()
+        assert len(arm["line_loss_mean"]) == len(results["line_positions"])
+        # At position 0 the line is the training loss itself: nothing is displaced there.
+        middle = arm["line_loss_mean"][len(training.LINE_POSITIONS) // 2]
+        np.testing.assert_allclose(middle, np.mean(arm["train_loss"]), rtol=1e-5)
+    shortened = results["arms"][-1]
+    assert shortened["steps"] == STEPS // 2
+    assert shortened["gradient_evaluations_per_seed"] == STEPS
+
+    image = matplotlib.image.imread(tmp_path / "out" / "compare.png")
+    assert image.shape[1] >= 1200
+    assert image.std() > 0.05  # Something is drawn.
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["compare.png", "out", "r.json"]
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("method")
+    assert [line.split()[0] for line in lines[2:7]] == ["sgd", "sam", "swa", "msam", "sam*"]
+
+
+@pytest.mark.usefixtures("small_task")
+def test_methods_are_paired(tmp_path, monkeypatch):
+    twin = methods.Method("twin", methods.METHODS["sgd"].build, "the baseline again")
+    monkeypatch.setitem(methods.METHODS, "twin", twin)
+    first, second = _run([*TINY, "--methods", "sgd,twin"], tmp_path)["arms"]
+    for field in ("test_accuracy", "train_loss", "top_eigenvalue", "line_loss_mean"):
+        assert first[field] == second[field]
+    assert first["train_loss"][0] != first["train_loss"][1]  # But two seeds are two runs.
+
+
+@pytest.mark.usefixtures("small_task")
+def test_own_data_set_with_noisy_labels_and_one_seed(tmp_path, monkeypatch, capsys):
+    _write_images(tmp_path / "tiny.npz")
+    monkeypatch.setenv("FLATOPT_DATA_DIR", str(tmp_path))
+    more = ["--dataset", "tiny", "--methods", "msam", "--batch-size", "8", "--label-noise", "0.5"]
+    results = _run([*TINY, *more, "--seeds", "1", "--train-size", "20"], tmp_path)
+    assert results["settings"]["dataset"] == "tiny"
+    assert results["settings"]["learning_rate"] == 0.02
+    assert [len(arm["test_accuracy"]) for arm in results["arms"]] == [1, 1]
+    # One value has no standard error, and nothing is concluded from it.
+    assert results["arms"][1]["difference_points_standard_error"] is None
+    out = capsys.readouterr().out
+    assert "± n/a" in out
+    assert "no difference can be judged" in out
+
+
+def _write_images(path, **changes):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "x_train": rng.integers(0, 256, (30, 4, 4, 3), dtype=np.uint8),
+        "y_train": np.arange(30, dtype=np.uint8) % 3,
+        "x_test": rng.integers(0, 256, (9, 4, 4, 3), dtype=np.uint8),
+        "y_test": np.arange(9, dtype=np.uint8) % 3,
+    }
+    arrays.update(changes)
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+
+
+# What is wrong is said in one line
+
+
+def _refused(arguments, path, capsys):
+    before = sorted(path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        compare.main(arguments)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith("\n")
+    assert sorted(path.rglob("*")) == before
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--methods", "sgd,nonsense"], "unknown method 'nonsense'"),
+        (["--methods", ","], "names no method"),
+        (["--steps", "9"], "at least 10"),
+        (["--steps", "many"], "invalid int value"),
+        (["--seeds", "0"], "at least 1"),
+        (["--batch-size", "0"], "at least 1"),
+        (["--batch-size", "301"], "must not exceed"),
+        (["--train-size", "0"], "[1, 1796]"),
+        (["--train-size", "1797"], "[1, 1796]"),
+        (["--learning-rate", "0"], "above 0"),
+        (["--learning-rate", "nan"], "above 0"),
+        (["--label-noise", "1.5"], "[0, 1]"),
+        (["--dataset", "nonsense"], "unknown data set 'nonsense'"),
+        (["--dataset", "mnist", "--data-dir", "missing"], "does not exist"),
+        (["--out", "file/out"], "is not a folder"),
+        (["--out", "file"], "is not a folder"),
+        (["--json", "folder"], "is a folder"),
+        (["--json", "file/r.json"], "is not a folder"),
+        (["--nonsense"], "unrecognized arguments"),
+    ],
+)
+def test_bad_arguments(arguments, words, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    assert words in _refused(arguments, tmp_path, capsys)
+
+
+def test_missing_data_folder_in_the_environment(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FLATOPT_DATA_DIR", str(tmp_path / "missing"))
+    assert "does not exist" in _refused(["--dataset", "mnist"], tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"y_test": None}, "needs the arrays x_train, y_train, x_test, y_test"),
+        ({"x_train": np.zeros((30, 4, 4, 3), np.float32)}, "needs uint8 images"),
+        ({"x_test": np.zeros((9, 5, 5, 3), np.uint8)}, "needs uint8 images of one size"),
+        ({"y_train": np.zeros(29, np.uint8)}, "one label an image"),
+    ],
+)
+def test_unfit_data_file(changes, words, tmp_path, capsys):
+    _write_images(tmp_path / "bad.npz", **changes)
+    arguments = ["--dataset", "bad", "--data-dir", str(tmp_path)]
+    assert words in _refused(arguments, tmp_path, capsys)
+
+
+def test_broken_or_missing_data_file(tmp_path, capsys):
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 and no more")
+    data_dir = ["--data-dir", str(tmp_path)]
+    assert "cannot be read" in _refused(["--dataset", "bad", *data_dir], tmp_path, capsys)
+    message = _refused(["--dataset", "other", *data_dir], tmp_path, capsys)
+    assert "offers digits, bad" in message
+    outside = ["--dataset", f"../{tmp_path.name}/bad", *data_dir]
+    assert "unknown data set" in _refused(outside, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name", sorted(datasets.OPENML))
+def test_failed_download(name, tmp_path, capsys, monkeypatch):
+    def fail(name, version, as_frame):
+        del name, version, as_frame
+        raise urllib.error.URLError("no\nnetwork")
+
+    monkeypatch.setattr(sklearn.datasets, "fetch_openml", fail)
+    message = _refused(["--dataset", name], tmp_path, capsys)
+    assert "could not be downloaded" in message
+    assert "no network" in message
+
+
+def test_download(monkeypatch):
+    total = datasets.OPENML["mnist"][1] + 3
+    asked = []
+
+    def fetch(name, version, as_frame):
+        asked.append((name, version, as_frame))
+        target = np.array([str(i % 10) for i in range(total)])
+        return sklearn.utils.Bunch(data=np.full((total, 4), 255), target=target)
+
+    monkeypatch.setattr(sklearn.datasets, "fetch_openml", fetch)
+    dataset = datasets.load("mnist", None)
+    assert asked == [("mnist_784", 1, False)]
+    assert dataset.images.dtype == np.uint8
+    assert dataset.classes == 10
+    assert (dataset.shift, dataset.scale) == (255.0, 1.0)  # One grey: nothing to divide by.
+    assert len(dataset.images) - dataset.largest_train_size == 3
+
+
+def test_interrupted_write_leaves_nothing(tmp_path):
+    def write():
+        with compare._whole_file(tmp_path / "file") as part:
+            part.write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+# Data
+
+
+def test_pixels_become_inputs(tmp_path):
+    _write_images(tmp_path / "tiny.npz")
+    dataset = datasets.load("tiny", tmp_path)
+    with np.load(tmp_path / "tiny.npz") as file:
+        x_train, x_test = file["x_train"], file["x_test"]
+    np.testing.assert_array_equal(dataset.images[30:], x_test.reshape(9, -1))
+    task = training.Task(compare.MLP(), dataset, datasets.split(dataset, [0], 5), [0])
+    inputs = task.inputs(task.images[:30])
+    np.testing.assert_allclose([inputs.mean(), inputs.std()], [0, 1], atol=1e-5)
+    expected = (x_train[0].ravel() - x_train.mean()) / x_train.std()
+    np.testing.assert_allclose(inputs[0], expected, rtol=1e-4, atol=1e-5)
+
+    digits = datasets.load("digits", None)
+    task = training.Task(compare.MLP(), digits, datasets.split(digits, [0], 5), [0])
+    inputs = task.inputs(task.images)
+    assert (inputs.min(), inputs.max()) == (0, 1)
+
+
+def test_split_and_batches_depend_on_the_seed_alone():
+    dataset = datasets.load("digits", None)
+    split = datasets.split(dataset, [0, 1], 300)
+    alone = datasets.split(dataset, [1], 300)
+    for part, own in zip(split, alone, strict=True):
+        np.testing.assert_array_equal(part[1], own[0])
+    batches = datasets.batches(split, [0, 1], 20, 32)
+    for part, own in zip(batches, datasets.batches(alone, [1], 10, 32), strict=True):
+        np.testing.assert_array_equal(part[:10, 1], own[:, 0])  # A short run is a prefix.
+    for seed in range(2):
+        train, test = set(split.train_rows[seed]), set(split.test_rows[seed])
+        assert len(train) == 300
+        assert train.isdisjoint(test)
+        assert train | test == set(range(len(dataset.images)))
+        epoch = batches.rows[:, seed].ravel()[:300]
+        assert set(epoch) == train  # Each image once before any comes again.
+        np.testing.assert_array_equal(batches.labels, dataset.labels[batches.rows])
+    assert set(split.train_rows[0]) != set(split.train_rows[1])
+
+
+def test_label_noise_is_exact_and_spares_the_test_images():
+    dataset = datasets.load("digits", None)
+    clean = datasets.split(dataset, [3], 200)
+    noisy = datasets.split(dataset, [3], 200, label_noise=0.25)
+    np.testing.assert_array_equal(clean.train_rows, noisy.train_rows)
+    np.testing.assert_array_equal(clean.train_labels, dataset.labels[clean.train_rows])
+    assert (noisy.train_labels != clean.train_labels).sum() == 50
+    assert set(np.unique(noisy.train_labels)) == set(range(10))
+
+
+# Gradient evaluations
+
+
+def _count_without_jit(tx, steps):
+    """Runs the optimiser in plain Python, branches included, and counts the calls."""
+    counter = itertools.count()
+    tx = optax.with_extra_args_support(tx)
+
+    def grad_fn(params, i):
+        del i
+        next(counter)
+        return params
+
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    carry = training.Carry(params, tx.init(params))
+    with jax.disable_jit():
+        for _ in range(steps):
+            carry = training.step(tx, grad_fn, carry)
+    return next(counter)
+
+
+@pytest.mark.parametrize("name", sorted(methods.METHODS))
+def test_gradient_evaluations_are_those_that_happen(name):
+    tx = methods.METHODS[name].build(methods.Setting(STEPS, 4, 0.1))
+    count = training.count_gradients(tx, STEPS)
+    assert count == _count_without_jit(tx, STEPS)
+    assert count >= STEPS
+
+
+def test_branches_not_taken_are_not_counted():
+    tx = optax.chain(flatopt.sam(0.1, every=3), optax.sgd(0.1))
+    assert training.count_gradients(tx, 9) == 9 + 3
+
+
+def test_training_is_the_plain_loop():
+    dataset = datasets.load("digits", None)
+    split = datasets.split(dataset, [0, 1], 40)
+    batches = datasets.batches(split, [0, 1], 5, 8)
+    task = training.Task(compare.MLP(), dataset, split, [0, 1])
+    tx = optax.chain(flatopt.sam(0.2), optax.sgd(0.1, momentum=0.9), flatopt.swa(start=3))
+    progress = []
+    trained = training.train(task, tx, batches, progress.append)
+    assert sum(progress) == 5
+
+    params = jax.tree.map(lambda leaf: leaf[1], task.initial_params)
+    opt_state = tx.init(params)
+    for step in range(5):
+        x = dataset.images[batches.rows[step, 1]].astype(np.float32) / 16
+        grad_fn = flatopt.make_grad_fn(task.loss, x, batches.labels[step, 1])
+        updates, opt_state = tx.update(grad_fn(params), opt_state, params, grad_fn=grad_fn)
+        params = optax.apply_updates(params, updates)
+    expected = flatopt.eval_params(opt_state, params)
+    own = jax.tree.map(lambda leaf: leaf[1], trained.params)
+    for got, want in zip(jax.tree.leaves(own), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+    logits = task.model.apply(expected, dataset.images[split.test_rows[1]] / np.float32(16))
+    right = np.argmax(logits, -1) == dataset.labels[split.test_rows[1]]
+    np.testing.assert_allclose(task.score(trained.params).accuracy[1], right.mean(), atol=2e-3)
+
+
+# Flatness
+
+
+@pytest.mark.parametrize("eigenvalues", [[5.0, 1.0, 0.1, 0.0], [2.0, 0.5, -1.0, -6.0], [0.0] * 4])
+def test_top_eigenvalue_of_a_quadratic(eigenvalues):
+    basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))
+    matrix = jnp.asarray(basis @ np.diag(eigenvalues) @ basis.T, jnp.float32)
+
+    def loss(params):
+        w = jnp.concatenate([params["a"], params["b"]])
+        return w @ matrix @ w / 2
+
+    params = {"a": jnp.ones(1), "b": jnp.ones(3)}
+    found = flatness.top_eigenvalue(loss, params, jax.random.key(0))
+    np.testing.assert_allclose(found, max(eigenvalues), rtol=1e-3, atol=1e-5)
+
+
+def test_top_eigenvalue_against_the_dense_hessian():
+    x = jax.random.normal(jax.random.key(0), (20, 3))
+    labels = jnp.arange(20) % 2
+
+    def loss(params):
+        hidden = jnp.tanh(x @ params["first"])
+        logits = hidden @ params["second"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    params = {"first": jnp.ones((3, 2)) / 2, "second": jnp.array([[1.0, -1.0], [0.5, 0.2]])}
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    dense = jax.hessian(lambda w: loss(unravel(w)))(flat)
+    found = flatness.top_eigenvalue(loss, params, jax.random.key(1), iterations=100)
+    np.testing.assert_allclose(found, np.linalg.eigvalsh(dense)[-1], rtol=1e-3)
+
+
+def test_directions_are_filter_normalised():
+    shapes = {"dense": (5, 3), "conv": (3, 3, 2, 4), "bias": (3,), "scale": ()}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    params = {
+        name: jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    params["dense"] = params["dense"].at[:, 1].set(0.0)  # A dead filter does not move.
+    direction = flatness.filter_normalised_direction(jax.random.key(1), params)
+    for name in ("dense", "conv"):
+        flat = [np.reshape(tree[name], (-1, shapes[name][-1])) for tree in (direction, params)]
+        np.testing.assert_allclose(*(np.linalg.norm(f, axis=0) for f in flat), rtol=1e-5)
+        assert not np.allclose(*flat)
+    for name in ("bias", "scale"):
+        np.testing.assert_array_equal(direction[name], np.zeros(shapes[name]))
+    # Twice the weights, twice the direction: the picture does not depend on their scale.
+    doubled = flatness.filter_normalised_direction(jax.random.key(1), optax.tree.scale(2.0, params))
+    for one, two in zip(jax.tree.leaves(direction), jax.tree.leaves(doubled), strict=True):
+        np.testing.assert_allclose(2 * one, two, rtol=1e-5)
+
+
+def test_loss_along_lines_of_a_quadratic():
+    params = {"kernel": jnp.array([[3.0], [4.0]])}
+
+    def loss(params):
+        return jnp.sum((params["kernel"] - jnp.array([[3.0], [4.0]])) ** 2)
+
+    positions = jnp.array([-1.0, 0.0, 0.5])
+    line = flatness.loss_along_lines(loss, params, jax.random.key(0), positions, directions=3)
+    # Every direction is as long as the one filter: 5.
+    np.testing.assert_allclose(line, [25.0, 0.0, 6.25], rtol=1e-5)
+
+
+# Sentences and pictures come from the numbers
+
+
+def test_verdict():
+    baseline = _arm("sgd", (0.5, 0.6, 0.7))
+    arms = [
+        baseline,
+        _arm("better", (0.60, 0.71, 0.80)),
+        _arm("worse", (0.40, 0.51, 0.60)),
+        _arm("equal", (0.50, 0.60, 0.70)),
+        _arm("unclear", (0.45, 0.70, 0.71)),
+        _arm("short", (0.60, 0.71, 0.80), equal_gradients=True),
+        _arm("nan", (0.9, 0.9, 0.9), train_loss=np.array([1.0, np.nan, 1.0])),
+    ]
+    assert report.verdict(arms, baseline).splitlines() == [
+        "More accurate than sgd by more than 2 standard errors: better, short*.",
+        "Less accurate than sgd by more than 2 standard errors: worse.",
+        "No difference from sgd beyond 2 standard errors: equal, unclear.",
+        "Diverged, not judged: nan.",
+    ]
+    assert "nothing to compare" in report.verdict([baseline], baseline)
+
+
+def test_diverged_runs_are_reported_not_hidden(tmp_path):
+    nan = np.full(2, np.nan)
+    lost = _arm("sam", train_loss=nan, top_eigenvalue=nan, line=np.full((2, 25), np.nan))
+    arms = [_arm("sgd"), lost]
+    picture.draw(arms, "title", tmp_path / "p.png")
+    assert matplotlib.image.imread(tmp_path / "p.png").std() > 0
+    assert "nan" in report.table(arms, arms[0])
+    entry = report.to_json(arms, arms[0])[1]
+    assert entry["train_loss"] == [None, None]
+    json.dumps(entry, allow_nan=False)
+
+
+def test_labels_do_not_overlap():
+    crowd = [_arm(f"method {i}", (0.5, 0.5), top_eigenvalue=np.full(2, 2.0)) for i in range(9)]
+    figure = picture.make_figure([*crowd, _arm("far", (0.6, 0.6))], "title")
+    renderer = figure.canvas.get_renderer()
+    labels = [t for t in figure.axes[0].texts if t.get_text().startswith(("method", "far"))]
+    figure.draw_without_rendering()
+    # The parent's method: an annotation's own extent includes the line to its point.
+    boxes = [Text.get_window_extent(label, renderer) for label in labels]
+    assert len(boxes) == 10
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))

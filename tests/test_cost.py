@@ -1,0 +1,110 @@
+"""What the methods cost, in XLA's own numbers: these do not wobble."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flatopt
+
+WIDTHS = (784, 512, 512, 10)  # 0.67 M parameters: 1.3 MFLOP per example in the forward pass.
+BATCH = 64
+
+
+def _params() -> list[dict[str, jax.Array]]:
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "kernel": jnp.asarray(rng.normal(size=(m, n)) / np.sqrt(m), jnp.float32),
+            "bias": jnp.zeros([n]),
+        }
+        for m, n in itertools.pairwise(WIDTHS)
+    ]
+
+
+def _loss(params: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
+    for layer in params[:-1]:
+        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"][None])
+    logits = x @ params[-1]["kernel"] + params[-1]["bias"][None]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def _compiled(tx: optax.GradientTransformationExtraArgs) -> Any:
+    def step(params: Any, opt_state: Any, x: jax.Array, labels: jax.Array) -> Any:
+        grad_fn = flatopt.make_grad_fn(_loss, x, labels)
+        _, grads = grad_fn.value_and_grad(params)
+        updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
+        return optax.apply_updates(params, updates), opt_state
+
+    params = _params()
+    x, labels = jnp.ones([BATCH, WIDTHS[0]]), jnp.zeros([BATCH], jnp.int32)
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    return jitted.lower(params, tx.init(params), x, labels).compile()
+
+
+def _base() -> optax.GradientTransformationExtraArgs:
+    return optax.sgd(0.1, momentum=0.9)
+
+
+def _flops(tx: optax.GradientTransformationExtraArgs) -> float:
+    return _compiled(tx).cost_analysis()["flops"]
+
+
+def _temporary_bytes(tx: optax.GradientTransformationExtraArgs) -> int:
+    return _compiled(tx).memory_analysis().temp_size_in_bytes
+
+
+def test_the_model_is_large_enough():
+    """At least 1 MFLOP per example forward, three times that with the backward pass."""
+    assert _flops(_base()) >= 3e6 * BATCH
+
+
+@pytest.mark.parametrize(
+    ("tx", "limit"),
+    [
+        (optax.chain(flatopt.sam(0.05), _base()), 2.02),
+        (optax.chain(flatopt.asam(0.5), _base()), 2.02),
+        (flatopt.wasam(_base(), 0.05), 2.03),
+        (flatopt.msam(_base(), 0.3), 1.02),
+        (optax.chain(_base(), flatopt.swa()), 1.01),
+        (optax.chain(_base(), flatopt.params_ema(0.99)), 1.01),
+    ],
+    ids=["sam", "asam", "wasam", "msam", "swa", "params_ema"],
+)
+def test_flops_over_sgd(tx: optax.GradientTransformationExtraArgs, limit: float):
+    assert _flops(tx) <= limit * _flops(_base())
+
+
+def test_sam_needs_one_temporary_copy_of_the_parameters():
+    copy = optax.tree.size(_params()) * 4
+    extra = _temporary_bytes(optax.chain(flatopt.sam(0.05), _base())) - _temporary_bytes(_base())
+    assert extra <= 1.05 * copy
+
+
+def test_msam_state_is_the_inner_state_and_two_scalars():
+    params = _params()
+    state = flatopt.msam(_base(), 0.3).init(params)
+    inner = jax.tree.leaves(_base().init(params))
+    extra = [x for x in jax.tree.leaves(state) if x.ndim == 0]
+    assert len(jax.tree.leaves(state)) == len(inner) + 2
+    assert len(extra) == 2
+
+
+@pytest.mark.parametrize("every", [2, 10])
+def test_a_skipped_ascent_is_a_real_branch(every: int):
+    """The second pass stands inside a conditional, not in the straight line with a mask."""
+    text = _compiled(optax.chain(flatopt.sam(0.05, every=every), _base())).as_text()
+    assert " conditional(" in text[text.index("ENTRY") :]
+    assert _straight_products(text) == _straight_products(_compiled(_base()).as_text())
+
+
+def _straight_products(hlo: str) -> int:
+    """Number of matrix products outside conditionals."""
+    entry = hlo[hlo.index("ENTRY") :]
+    products = entry.count(" dot(") + entry.count("matmul")
+    assert products > 0
+    return products

@@ -1,0 +1,30 @@
+"""The Python snippets of README and docs run as pasted, one namespace a file."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_snippets_run(page: Path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    snippets = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for snippet in snippets:
+        line = text[: text.index(snippet)].count("\n")
+        exec(compile("\n" * line + snippet, str(page), "exec"), namespace)
+    if page.name == "README.md":
+        assert len(snippets) >= 3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_and_pictures_exist(page: Path):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)|src=\"([^\"]+)\"", page.read_text()):
+        path = target[0] or target[1]
+        if not path.startswith(("http://", "https://")):
+            assert (page.parent / path).exists(), f"{page.name} names {path}, which is not there"
