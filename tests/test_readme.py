@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+from benchmarks.render import PAGES, render
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -28,3 +27,8 @@ def test_links_and_pictures_exist(page: Path):
         path = target[0] or target[1]
         if not path.startswith(("http://", "https://")):
             assert (page.parent / path).exists(), f"{page.name} names {path}, which is not there"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_tables_are_those_of_the_results_files(page: Path):
+    assert page.read_text() == render(page), "run `python -m benchmarks.render`"

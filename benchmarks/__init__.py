@@ -1,0 +1,1 @@
+"""Measurements of flatopt, and the results they gave."""

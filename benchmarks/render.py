@@ -1,0 +1,97 @@
+"""Writes the tables of the documentation from the committed results.
+
+`python -m benchmarks.render`. A page says `<!-- table: compare_digits -->`; what stands from there
+to `<!-- end -->` is replaced by the table of `results/compare_digits.json`.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+
+
+def render(page: Path) -> str:
+    """Returns the text of `page` with every table made anew."""
+    up = "../" * (len(page.relative_to(ROOT).parts) - 1)
+    return _BLOCK.sub(lambda m: m[1] + table(m[2], up) + m[3], page.read_text())
+
+
+def table(name: str, up: str) -> str:
+    """The table and the provenance line of one results file; `up` leads to the root."""
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    kind = next(kind for kind in _TABLES if name.startswith(kind))
+    return "\n".join([*_TABLES[kind](results), "", _provenance(name, up, results), ""])
+
+
+def _compare(results: dict[str, Any]) -> list[str]:
+    lines = [
+        "| method | gradients | test accuracy, % | minus sgd, points | top eigenvalue |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for arm in results["arms"]:
+        star = r"\*" if arm["equal_gradients"] else ""
+        accuracy = _pm(
+            100 * arm["test_accuracy_mean"], 100 * arm["test_accuracy_standard_error"], ".2f"
+        )
+        difference = (
+            ""
+            if arm["method"] == "sgd"
+            else _pm(arm["difference_points_mean"], arm["difference_points_standard_error"], "+.2f")
+        )
+        lines.append(
+            f"| {arm['method']}{star} | {arm['gradient_evaluations_per_seed']} | {accuracy} "
+            f"| {difference} | {arm['top_eigenvalue_mean']:.2g} |"
+        )
+    return lines
+
+
+def _step_time(results: dict[str, Any]) -> list[str]:
+    lines = ["| step | ms | over sgd, median | range |", "| --- | ---: | ---: | ---: |"]
+    for name, row in results["variants"].items():
+        r = row["over_base"]
+        lines.append(
+            f"| {name} | {row['milliseconds']:.1f} | {r['median']:.2f} "
+            f"| {r['min']:.2f} to {r['max']:.2f} |"
+        )
+    return lines
+
+
+_TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "compare": _compare,
+    "step_time": _step_time,
+}
+
+
+def _pm(mean: float, error: float, form: str) -> str:
+    return f"{mean:{form}} ± {error:{form.removeprefix('+')}}"
+
+
+def _provenance(name: str, up: str, results: dict[str, Any]) -> str:
+    """One line: where the numbers are and how they were made."""
+    settings, versions = results["settings"], results["versions"]
+    machine = results["machine"]
+    seeds = f"seeds 0 to {settings['seeds'] - 1}, " if "seeds" in settings else ""
+    return (
+        f"[{name}.json]({up}benchmarks/results/{name}.json): {seeds}{machine['cpus']} CPUs, "
+        f"{machine['device']}, jax {versions['jax']}, optax {versions['optax']}; "
+        f"`{' '.join(results['command'])}`"
+    )
+
+
+def main() -> None:
+    """Rewrites the pages in place."""
+    for page in PAGES:
+        text = render(page)
+        if text != page.read_text():
+            page.write_text(text)
+            print(f"rewrote {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
