@@ -45,7 +45,8 @@ def gradient_at(
       num_steps: ascent steps, >= 1, each with a displacement of its own; None means 1. To keep the
         total length within rho, use steps of `rho / num_steps`. Static.
       combiner: transformation applied to the perturbed gradient; it is given the clean one as
-        `clean_updates=`. None: the perturbed gradient. Static.
+        `clean_updates=` and the number of the update as `step=`. None: the perturbed gradient.
+        Static.
       start: number of updates that pass their gradient through untouched before the first
         perturbed one, >= 0 (late-phase SAM); None means 0. Static.
       every: perturb one update in `every`, from `start` on, >= 1; None means every one. Static.
@@ -120,7 +121,10 @@ def gradient_at(
                 carry = jax.lax.fori_loop(0, num_steps, ascend, carry)
             _, grads, perturbation_state = carry
             grads, combiner_state = combiner.update(
-                grads, state.combiner_state, params, **{**extra_args, "clean_updates": updates}
+                grads,
+                state.combiner_state,
+                params,
+                **{**extra_args, "clean_updates": updates, "step": state.step},
             )
             return grads, perturbation_state, combiner_state
 
@@ -138,3 +142,20 @@ def gradient_at(
         return grads, GradientAtState(step, perturbation_state, combiner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def ascent_stage(
+    rho: optax.ScalarOrSchedule, perturbation: optax.GradientTransformation, **kwargs: Any
+) -> optax.GradientTransformationExtraArgs:
+    """`gradient_at`; where rho is the number 0, the plain gradient bit for bit and at no cost."""
+    return off_when_zero(rho, gradient_at(perturbation, **kwargs))
+
+
+def off_when_zero(
+    rho: optax.ScalarOrSchedule, stage: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
+    """`stage`; where rho is the number 0, a stage of the same state that does nothing."""
+    if not _checks.is_zero(rho):
+        return stage
+    untouched = optax.with_extra_args_support(optax.identity())
+    return optax.GradientTransformationExtraArgs(stage.init, untouched.update)

@@ -6,8 +6,12 @@ import optax
 
 from flatopt import _checks
 from flatopt._average import swa
-from flatopt._gradient_at import gradient_at
-from flatopt._perturbations import scale_to_adaptive_norm, scale_to_norm
+from flatopt._combiners import mix_clean
+from flatopt._gradient_at import ascent_stage, off_when_zero
+from flatopt._noise import filter_noise
+from flatopt._perturbations import scale_to_adaptive_norm, scale_to_layer_norms, scale_to_norm
+from flatopt._random import KeyLike
+from flatopt._reuse_direction import reuse_direction
 
 
 def sam(
@@ -54,7 +58,7 @@ def sam(
       parameters.
     """
     _checks.check_number("rho", rho, low=0.0)
-    return _ascent_stage(rho, scale_to_norm(rho), start=start, every=every)
+    return ascent_stage(rho, scale_to_norm(rho), start=start, every=every)
 
 
 def asam(
@@ -105,7 +109,7 @@ def asam(
       Place, gradient evaluations, state: as for `sam`.
     """
     perturbation = scale_to_adaptive_norm(rho, eta, mask)
-    return _ascent_stage(rho, perturbation, start=start, every=every)
+    return ascent_stage(rho, perturbation, start=start, every=every)
 
 
 def wasam(
@@ -157,12 +161,110 @@ def wasam(
     return optax.chain(sam(rho), optimizer, swa(start, every))
 
 
-def _ascent_stage(
-    rho: optax.ScalarOrSchedule, perturbation: optax.GradientTransformation, **kwargs: Any
+def looksam(
+    rho: optax.ScalarOrSchedule,
+    every: int,
+    alpha: optax.ScalarOrSchedule,
+    layerwise: bool = False,
+    start: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`gradient_at`; where rho is the number 0, the plain gradient bit for bit and at no cost."""
-    stage = gradient_at(perturbation, **kwargs)
-    if _checks.is_zero(rho):
-        untouched = optax.with_extra_args_support(optax.identity())
-        return optax.GradientTransformationExtraArgs(stage.init, untouched.update)
-    return stage
+    r"""LookSAM: SAM's second gradient once in `every` updates, and its direction reused in between.
+
+    .. math::
+      g_t \leftarrow \nabla L(w + \rho \, g_t / \|g_t\|) \quad \text{or} \quad
+      g_t + \alpha \|g_t\| \, v
+
+    with v the unit vector of what the last sharp gradient added across the clean one.
+
+    Args:
+      rho: radius, >= 0: a number, a traced array, or a schedule of the step count. With the number
+        0 the stage is the identity and takes no gradient.
+      every: one sharp update in `every`, >= 1; 5 to 10 are usual. Static.
+      alpha: share of the reused direction, >= 0; 0.2 to 0.7 are usual. Like `rho`.
+      layerwise: True: the ascent step is `scale_to_layer_norms(rho)`, and the direction is kept
+        for each leaf apart (Look-LayerSAM, for large batches). Static.
+      start: number of plain updates before the first sharp one, >= 0; None means 0. Static.
+
+    Returns:
+      A stage to be chained before any optimiser; `update` needs `params` and `grad_fn`.
+
+    Raises:
+      ValueError: if an argument is out of range, or `params` or `grad_fn` is missing.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import flatopt
+      >>> tx = optax.chain(flatopt.looksam(rho=0.05, every=5, alpha=0.2), optax.sgd(0.1))
+      >>> params = jnp.array([1.0, -2.0])
+      >>> grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * jnp.sum(w**2))
+      >>> updates, _ = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
+      >>> print(updates)
+      [-0.1022  0.2045]
+
+    References:
+      Liu, Mai, Chen, Hsieh, You. Towards Efficient and Scalable Sharpness-Aware Minimization.
+      arXiv:2203.02714
+
+    Notes:
+      Place: as for `sam`. Gradient evaluations: one extra in `every` updates. State: one copy of
+      the parameters, two integers.
+    """
+    _checks.check_number("rho", rho, low=0.0)
+    perturbation = scale_to_layer_norms(rho) if layerwise else scale_to_norm(rho)
+    return off_when_zero(rho, reuse_direction(perturbation, every, alpha, layerwise, start))
+
+
+def rwp(
+    std: optax.ScalarOrSchedule,
+    alpha: optax.ScalarOrSchedule = 0.5,
+    key: KeyLike = 0,
+    filter_axis: int = -1,
+    start: int | None = None,
+    every: int | None = None,
+    noise: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Random weight perturbation: mix in the gradient at a randomly displaced point.
+
+    .. math::
+      g \leftarrow (1 - \alpha) \, g + \alpha \, \nabla L(w + \epsilon), \qquad
+      \epsilon_f = \sigma \, \|w_f\| \, z_f, \quad z \sim \mathcal{N}(0, 1)
+
+    Args:
+      std: :math:`\sigma`, >= 0, in units of each filter's norm; 0.01 is usual: a number, a traced
+        array, or a schedule of the step count. With the number 0 the stage is the identity and
+        takes no gradient.
+      alpha: weight of the displaced gradient; 1 is its gradient alone. Likewise.
+      key: an int seed, a key from `jax.random.key`, or its uint32 key data.
+      filter_axis: the axis that numbers the filters; see `filter_noise`. Static.
+      start: number of plain updates before the first displaced one, >= 0; None means 0. Static.
+      every: displace one update in `every`, >= 1; None means each. Static.
+      noise: transformation that draws z; None means `standard_normal(key)`.
+
+    Returns:
+      A stage to be chained before any optimiser; `update` needs `params` and `grad_fn`. The authors
+      take the second gradient on another batch, and both at once: let `grad_fn` do so.
+
+    Raises:
+      ValueError: if an argument is out of range, or `params` or `grad_fn` is missing.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import flatopt
+      >>> tx = optax.chain(flatopt.rwp(std=0.01, alpha=0.5, key=0), optax.sgd(0.1))
+      >>> params = jnp.ones((2, 3))
+      >>> grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * jnp.sum(w**2))
+      >>> updates, _ = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
+      >>> print(bool(jnp.all(abs(updates + 0.1) < 0.01)))
+      True
+
+    References:
+      Li et al. Revisiting Random Weight Perturbation for Efficiently Improving Generalization.
+      arXiv:2404.00357
+
+    Notes:
+      Place: as for `sam`. Gradient evaluations: one extra, independent of the clean one, so that a
+      compiler or two devices can take both at once. State: one key, a few integers; one temporary
+      copy of the parameters.
+    """
+    perturbation = filter_noise(std, key, filter_axis, noise)
+    return ascent_stage(std, perturbation, combiner=mix_clean(alpha), start=start, every=every)

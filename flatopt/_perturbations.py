@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from flatopt import _checks, _tree
+from flatopt._schedules import value_at
 
 
 class PerturbationState(NamedTuple):
@@ -19,7 +20,9 @@ class PerturbationState(NamedTuple):
     step: jax.Array
 
 
-def scale_to_norm(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+def scale_to_norm(
+    rho: optax.ScalarOrSchedule, epsilon: float = _tree.EPSILON
+) -> optax.GradientTransformationExtraArgs:
     r"""Scales the gradient to a displacement of a given length: SAM's ascent step.
 
     .. math:: \epsilon = \rho \, g / (\|g\| + 10^{-12})
@@ -29,6 +32,7 @@ def scale_to_norm(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationEx
     Args:
       rho: length of the displacement, >= 0, in units of the parameters' Euclidean norm: a number, a
         traced array, or a schedule of the step count (negative values of a schedule count as 0).
+      epsilon: what guards the division, > 0; some published programs use 1e-7.
 
     Returns:
       A transformation from gradients to displacements of the same dtypes. A zero gradient gives a
@@ -67,7 +71,7 @@ def scale_to_norm(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationEx
     ) -> tuple[optax.Updates, PerturbationState]:
         del params, extra_args
         radius = _radius(rho, state.step if step is None else step)
-        displacement = _tree.scale(radius / (_tree.norm(updates) + _tree.EPSILON), updates)
+        displacement = _tree.scale(radius / (_tree.norm(updates) + epsilon), updates)
         return displacement, PerturbationState(optax.safe_increment(state.step))
 
     return optax.GradientTransformationExtraArgs(_init, update_fn)
@@ -133,7 +137,7 @@ def scale_to_adaptive_norm(
         del extra_args
         _checks.require_params("scale_to_adaptive_norm", params)
         step = state.step if step is None else step
-        offset = eta(step) if callable(eta) else eta
+        offset = value_at(eta, step)
         tree_mask = mask(params) if callable(mask) else (True if mask is None else mask)
 
         def unit(adaptive: bool, leaves: Any) -> Any:
@@ -146,6 +150,119 @@ def scale_to_adaptive_norm(
         scaled = jax.tree.map(lambda t, g: (t * g).astype(g.dtype), units, updates)
         factor = _radius(rho, step) / (_tree.norm(scaled) + _tree.EPSILON)
         displacement = jax.tree.map(lambda t, g: (factor * t * g).astype(g.dtype), units, scaled)
+        return displacement, PerturbationState(optax.safe_increment(state.step))
+
+    return optax.GradientTransformationExtraArgs(_init, update_fn)
+
+
+def scale_to_layer_norms(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+    r"""Scales each leaf of the gradient to a share of the norm of its weights.
+
+    .. math:: \epsilon_l = \rho \, \|w_l\| \, g_l / (\|g_l\| + 10^{-12})
+
+    Args:
+      rho: length of each leaf's displacement over the norm of its weights, >= 0: a number, a traced
+        array, or a schedule of the step count (negative values of a schedule count as 0).
+
+    Returns:
+      A transformation from gradients to displacements of the same dtypes; `update` needs `params`.
+      Zero gradients and leaves whose weights are zero give zero; inf or NaN give NaN.
+
+    Raises:
+      ValueError: if `rho` is negative or not finite, or `params` is missing.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import flatopt
+      >>> perturbation = flatopt.scale_to_layer_norms(0.1)
+      >>> params = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([2.0])}
+      >>> grads = {"a": jnp.array([0.0, 1.0]), "b": jnp.array([-7.0])}
+      >>> displacement, _ = perturbation.update(grads, perturbation.init(params), params)
+      >>> print(displacement["a"], displacement["b"])
+      [0.  0.5] [-0.2]
+
+    References:
+      Liu, Mai, Chen, Hsieh, You. Towards Efficient and Scalable Sharpness-Aware Minimization.
+      arXiv:2203.02714
+
+    Notes:
+      Like the trust ratio of LARS and LAMB, but a leaf of zero weights does not move. Gradient
+      evaluations: none of its own. State: one integer.
+    """
+    _checks.check_number("rho", rho, low=0.0)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: PerturbationState,
+        params: optax.Params | None = None,
+        *,
+        step: jax.typing.ArrayLike | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, PerturbationState]:
+        del extra_args
+        _checks.require_params("scale_to_layer_norms", params)
+        radius = _radius(rho, state.step if step is None else step)
+
+        def leaf(g: jax.Array, w: jax.Array) -> jax.Array:
+            return _tree.scale(radius * _tree.norm(w) / (_tree.norm(g) + _tree.EPSILON), g)
+
+        displacement = jax.tree.map(leaf, updates, params)
+        return displacement, PerturbationState(optax.safe_increment(state.step))
+
+    return optax.GradientTransformationExtraArgs(_init, update_fn)
+
+
+def scale_to_loss_rise(
+    budget: optax.ScalarOrSchedule, max_rho: optax.ScalarOrSchedule
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales the gradient to the displacement that raises the linearised loss by a given amount.
+
+    .. math:: \epsilon = \min(\sigma / \|g\|, \rho_{max}) \, g / \|g\|
+
+    Args:
+      budget: :math:`\sigma`, the rise of the loss, >= 0, in units of the loss: a number, a traced
+        array, or a schedule of the step count (negative values of a schedule count as 0).
+      max_rho: the longest displacement, >= 0: likewise.
+
+    Returns:
+      A transformation from gradients to displacements of the same dtypes. A zero gradient gives a
+      zero displacement; an inf or NaN in the gradient gives NaN.
+
+    Raises:
+      ValueError: if `budget` or `max_rho` is negative or not finite.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import flatopt
+      >>> perturbation = flatopt.scale_to_loss_rise(budget=1.0, max_rho=0.5)
+      >>> for grads in (jnp.array([3.0, 4.0]), jnp.array([0.3, 0.4])):
+      ...     print(perturbation.update(grads, perturbation.init(grads))[0])
+      [0.12 0.16]
+      [0.3 0.4]
+
+    References:
+      Wang, Liu, Xie, Gao. Fix the Loss, Not the Radius: Rethinking the Adversarial Perturbation of
+      Sharpness-Aware Minimization. arXiv:2605.10183
+
+    Notes:
+      Gradient evaluations: none of its own. State: one integer.
+    """
+    _checks.check_number("budget", budget, low=0.0)
+    _checks.check_number("max_rho", max_rho, low=0.0)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: PerturbationState,
+        params: optax.Params | None = None,
+        *,
+        step: jax.typing.ArrayLike | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, PerturbationState]:
+        del params, extra_args
+        step = state.step if step is None else step
+        norm = _tree.norm(updates) + _tree.EPSILON
+        radius = jnp.minimum(_radius(budget, step) / norm, _radius(max_rho, step))
+        displacement = _tree.scale(radius / norm, updates)
         return displacement, PerturbationState(optax.safe_increment(state.step))
 
     return optax.GradientTransformationExtraArgs(_init, update_fn)

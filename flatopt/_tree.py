@@ -48,6 +48,19 @@ def scale(scalar: Any, tree: Any) -> Any:
     return jax.tree.map(lambda x: (scalar * x).astype(x.dtype), tree)
 
 
+def add_scaled(tree: Any, scalar: Any, other: Any) -> Any:
+    """`tree + scalar * other`, in the dtypes of `tree`."""
+    return jax.tree.map(lambda x, y: (x + scalar * y).astype(x.dtype), tree, other)
+
+
+def orthogonal(tree: Any, to: Any) -> Any:
+    """The part of `tree` that is orthogonal to the tree `to`; all of it where `to` is zero."""
+    inverse_norm = 1 / (norm(to) + EPSILON)
+    # The unit vector first: the square of a small norm would fall below the guard.
+    coefficient = vdot(scale(inverse_norm, to), tree) * inverse_norm
+    return add_scaled(tree, -coefficient, to)
+
+
 def merge_masked(trees: Iterable[Any], like: Any) -> Any:
     """One tree of the structure of `like`: each leaf from the tree that has it.
 

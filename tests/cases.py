@@ -29,6 +29,9 @@ def _complete(kind: str, tx: optax.GradientTransformation) -> optax.GradientTran
             return optax.chain(
                 flatopt.gradient_at(optax.chain(tx, flatopt.scale_to_norm(0.05))), sgd()
             )
+        case "combiner":
+            perturbation = flatopt.scale_to_norm(0.05)
+            return optax.chain(flatopt.gradient_at(perturbation, combiner=tx), sgd())
         case "stage":
             return optax.chain(tx, sgd())
         case "average":
@@ -44,7 +47,8 @@ class Case:
 
     Attributes:
       factory: its public name.
-      kind: perturbation, direction, stage, average or wrapper: how it becomes a whole optimiser.
+      kind: perturbation, direction, combiner, stage, average or wrapper: how it becomes a whole
+        optimiser.
       kwargs: arguments of the factory.
       hyperparameter: an argument that may be a schedule or a traced array, or None.
       off: a value of `hyperparameter` at which the method is its base optimiser, or None.
@@ -90,7 +94,21 @@ CASES = [
     Case("scale_to_norm", "perturbation", {"rho": 0.05}, "rho", 0.0, extra_evaluations=10),
     Case("scale_to_adaptive_norm", "perturbation", {"rho": 0.5, "eta": 0.01}, "rho", 0.0, extra_evaluations=10),
     Case("scale_to_adaptive_norm", "perturbation", {"rho": 0.5, "mask": _mask}, extra_evaluations=10, variant="mask"),
+    Case("scale_to_layer_norms", "perturbation", {"rho": 0.05}, "rho", 0.0, extra_evaluations=10),
+    Case("scale_to_loss_rise", "perturbation", {"budget": 0.1, "max_rho": 0.1}, "budget", 0.0, extra_evaluations=10),
     Case("mask_displacement", "direction", {"mask": _mask}, extra_evaluations=10),
+    Case("subtract_gradient_ema", "direction", {"sigma": 1.0, "decay": 0.9}, "decay", extra_evaluations=10, copies=1),
+    Case("smooth_gradient", "direction", {"decay": 0.6}, "decay", extra_evaluations=10, copies=1),
+    Case("keep_large_zscores", "direction", {"quantile": 0.5}, extra_evaluations=10),
+    Case("standard_normal", "direction", {"key": 0}, extra_evaluations=10),
+    Case("drop_displacement", "direction", {"keep": 0.5, "key": 0}, extra_evaluations=10),
+    Case("filter_noise", "perturbation", {"std": 0.1}, "std", 0.0, extra_evaluations=10),
+    Case("adaptive_filter_noise", "perturbation", {"std": 0.1, "eta": 1.0, "decay": 0.9}, "std", 0.0, extra_evaluations=10, copies=21 / 59),
+    Case("mask_by_fisher", "perturbation", {"perturbation": flatopt.scale_to_norm(0.05), "sparsity": 0.5, "every": 3}, extra_evaluations=10, copies=1.25),
+    Case("mask_at_random", "perturbation", {"perturbation": flatopt.scale_to_norm(0.05), "sparsity": 0.5, "every": 3}, extra_evaluations=10, copies=0.25),
+    # combiners
+    Case("surrogate_gap", "combiner", {"alpha": 0.4}, "alpha", extra_evaluations=10),
+    Case("mix_clean", "combiner", {"alpha": 0.8}, "alpha", 0.0, extra_evaluations=10),
     # stages
     Case("gradient_at", "stage", {"perturbation": flatopt.scale_to_norm(0.05)}, extra_evaluations=10),
     Case("gradient_at", "stage", {"perturbation": flatopt.scale_to_norm(0.05), "num_steps": 3}, extra_evaluations=30, variant="num_steps"),
@@ -99,7 +117,26 @@ CASES = [
     Case("sam", "stage", {"rho": 0.05, "every": 5}, "rho", 0.0, extra_evaluations=2, variant="every"),
     Case("sam", "stage", {"rho": 0.05, "start": 7}, "rho", 0.0, extra_evaluations=3, variant="start"),
     Case("asam", "stage", {"rho": 0.5}, "rho", 0.0, extra_evaluations=10),
+    Case("reuse_direction", "stage", {"perturbation": flatopt.scale_to_norm(0.05), "every": 5, "alpha": 0.5}, "alpha", extra_evaluations=2, copies=1),
+    Case("looksam", "stage", {"rho": 0.05, "every": 5, "alpha": 0.5}, "rho", 0.0, extra_evaluations=2, copies=1),
+    Case("looksam", "stage", {"rho": 0.05, "every": 3, "alpha": 0.5, "layerwise": True, "start": 2}, "rho", 0.0, extra_evaluations=3, copies=1, variant="layerwise"),
+    Case("gsam", "stage", {"rho": 0.05, "alpha": 0.4}, "rho", 0.0, extra_evaluations=10),
+    Case("gsam", "stage", {"rho": 0.05, "alpha": 0.4, "adaptive": "big_vision", "minimize_perturbed": False}, "rho", 0.0, extra_evaluations=10, variant="big_vision"),
+    Case("gnp", "stage", {"rho": 0.05, "alpha": 0.8}, "rho", 0.0, extra_evaluations=10),
+    Case("gnp", "stage", {"rho": 0.05, "alpha": 0.8, "normalize_clean": True}, "rho", 0.0, extra_evaluations=10, variant="normalized"),
+    Case("friendly_sam", "stage", {"rho": 0.05}, "rho", 0.0, extra_evaluations=10, copies=1),
+    Case("vasso", "stage", {"rho": 0.05}, "rho", 0.0, extra_evaluations=10, copies=1),
+    Case("zsharp", "stage", {"rho": 0.05, "quantile": 0.5}, "rho", 0.0, extra_evaluations=10),
+    Case("le_sam", "stage", {"budget": 0.1, "max_rho": 0.1}, "budget", 0.0, extra_evaluations=10),
+    Case("sparse_sam", "stage", {"rho": 0.05, "mask": _mask}, "rho", 0.0, extra_evaluations=10),
+    Case("sam_on", "stage", {"rho": 0.05, "mask": _mask}, "rho", 0.0, extra_evaluations=10),
+    Case("esam", "stage", {"rho": 0.05, "beta": 0.5}, "rho", 0.0, extra_evaluations=10),
+    Case("rwp", "stage", {"std": 0.1, "every": 2}, "std", 0.0, extra_evaluations=5),
+    Case("arwp", "stage", {"std": 0.1, "eta": 1.0, "decay": 0.9}, "std", 0.0, extra_evaluations=10, copies=21 / 59),
     # wrappers
+    Case("wsam", "wrapper", {"optimizer": sgd(), "learning_rate": LEARNING_RATE, "rho": 0.05, "gamma": 0.8}, "rho", 0.0, extra_evaluations=10),
+    Case("wsam", "wrapper", {"optimizer": sgd(), "learning_rate": LEARNING_RATE, "rho": 0.05, "gamma": 0.5, "decouple": False, "max_norm": 10.0}, "rho", 0.0, extra_evaluations=10, variant="coupled"),
+    Case("sampa", "wrapper", {"optimizer": sgd(), "rho": 0.05}, "rho", 0.0, extra_evaluations=20, copies=1),
     Case("hold_perturbed", "wrapper", {"optimizer": sgd(), "perturbation": flatopt.scale_to_norm(0.05)}, copies=1),
     Case("msam", "wrapper", {"optimizer": sgd(), "rho": 0.1}, "rho", 0.0),
     Case("msam", "wrapper", {"optimizer": sgd(), "rho": -0.1}, "rho", 0.0, variant="ascent"),

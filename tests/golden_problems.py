@@ -25,6 +25,7 @@ Params = dict[str, jax.Array]
 LossFn = Callable[..., jax.Array]
 # (step, number of the extra evaluation) -> (step, number) of the batch that it uses
 ExtraBatch = Callable[[Any, Any], tuple[Any, Any]]
+ExtraGrad = Callable[[Params, Params, tuple[jax.Array, ...]], Params]
 Buffers = Mapping[str, Callable[[optax.OptState], optax.Params]]
 
 # Fields that a replay starts from or looks things up in. Whatever else a file holds is a result,
@@ -43,6 +44,8 @@ _INPUTS = frozenset(
         "lr_per_epoch",
         "lr_list",
         "note_epoch",
+        "z",
+        "mask",
         "avg_at_step",
         "avg_at_epoch",
         "avg_after_epoch",
@@ -148,9 +151,14 @@ def logits(params: Params, x: jax.Array) -> jax.Array:
     return hidden @ params["fc2.weight"].T + params["fc2.bias"][None, :]
 
 
+def mlp_losses(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Cross-entropy of each example."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y)
+
+
 def mlp_loss(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
     """Mean cross-entropy."""
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y))
+    return jnp.mean(mlp_losses(params, x, y))
 
 
 def problem(golden: Golden) -> tuple[LossFn, Callable[[Any, Any], tuple[jax.Array, ...]]]:
@@ -215,6 +223,7 @@ def replay(
     *,
     loss_fn: LossFn | None = None,
     extra_batch: ExtraBatch = lambda t, i: (t, 0),
+    extra_grad: ExtraGrad | None = None,
     buffers: Buffers | None = None,
 ) -> dict[str, Array]:
     """Runs `tx` on the file's problem, and returns what it records under the files' names.
@@ -224,6 +233,8 @@ def replay(
       tx: the optimiser.
       loss_fn: loss in place of the problem's own.
       extra_batch: which batch the extra gradient number i of step t is taken on.
+      extra_grad: the extra gradient, from the parameters, the point and the batch; None means that
+        of the loss at the point.
       buffers: further fields, each a function from the optimiser's state after a step.
 
     Returns:
@@ -244,7 +255,10 @@ def replay(
         def grad_fn(point: Params, i: Any) -> Params:
             if record:
                 points.append(point)
-            return value_and_grad(point, *batch(*extra_batch(t, i)))[1]
+            data = batch(*extra_batch(t, i))
+            if extra_grad is not None:
+                return extra_grad(params, point, data)
+            return value_and_grad(point, *data)[1]
 
         loss, grads = value_and_grad(params, *batch(t, 0))
         updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)

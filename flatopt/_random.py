@@ -1,0 +1,35 @@
+"""Random keys in optimiser states: raw key data, which every checkpoint format can hold."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+KeyLike = Any  # An int seed, a typed key, or raw uint32 key data.
+
+
+def key_data(key: KeyLike) -> jax.Array:
+    """Raw uint32 data of `key`, in a buffer of its own."""
+    if isinstance(key, int):
+        key = jax.random.key(key)
+    if jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    if jnp.result_type(key) != jnp.uint32:
+        raise TypeError(
+            f"key={key!r} must be an int seed, a key from jax.random.key, or its uint32 key data."
+        )
+    return jnp.array(key)
+
+
+def split(data: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """New key data to keep, and a typed key to use now."""
+    keep, use = jax.random.split(jax.random.wrap_key_data(data))
+    return jax.random.key_data(keep), use
+
+
+def split_like(key: jax.Array, tree: Any) -> Any:
+    """A tree of keys with the structure of `tree`, independent of one another."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(
+        structure, list(jax.random.split(key, max(len(leaves), 1)))[: len(leaves)]
+    )

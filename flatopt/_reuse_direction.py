@@ -1,0 +1,155 @@
+"""The stage that takes a sharp gradient now and then and reuses its direction: LookSAM."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flatopt import _checks, _tree
+from flatopt._schedules import value_at
+
+
+class ReuseDirectionState(NamedTuple):
+    """State of `reuse_direction`.
+
+    Attributes:
+      step: int32 scalar, number of updates so far.
+      perturbation_state: state of the perturbation.
+      direction: tree like the parameters, the part of the last sharp gradient that was orthogonal
+        to the clean one, of length 1; zeros before the first.
+    """
+
+    step: jax.Array
+    perturbation_state: optax.OptState
+    direction: optax.Updates
+
+
+def reuse_direction(
+    perturbation: optax.GradientTransformation,
+    every: int,
+    alpha: optax.ScalarOrSchedule,
+    layerwise: bool = False,
+    start: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Takes the gradient at a displaced point once in a while, and reuses what it adds in between.
+
+    With the clean gradient c, a sharp update and the ones after it emit
+
+    .. math::
+      p = \nabla L(w + \epsilon(c)), \quad v = p_{\perp c} / \|p_{\perp c}\|
+      \qquad \text{and then} \qquad c + \alpha \|c\| v
+
+    Args:
+      perturbation: transformation from a gradient to a displacement; it is given the parameters,
+        and `step=`, the number of the update.
+      every: one sharp update in `every`, >= 1. Static.
+      alpha: share of the reused direction, >= 0: a number, a traced array, or a schedule of the
+        step count.
+      layerwise: whether projection, length and :math:`\|c\|` are those of each leaf, and not of
+        the whole tree. Static.
+      start: number of plain updates before the first sharp one, >= 0; None means 0. Static.
+
+    Returns:
+      A stage to be chained before an optimiser; `update` needs `params` and `grad_fn`. A sharp
+      gradient with inf or NaN is handed on, but its direction is not kept.
+
+    Raises:
+      ValueError: if an argument is out of range, `params` or `grad_fn` is missing, or the stage
+        stands inside `optax.masked`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import flatopt
+      >>> grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * (w[0] ** 2 + 4.0 * w[1] ** 2))
+      >>> stage = flatopt.reuse_direction(flatopt.scale_to_norm(0.5), every=2, alpha=0.5)
+      >>> w = jnp.array([3.0, 1.0])
+      >>> state = stage.init(w)
+      >>> for _ in range(2):
+      ...     updates, state = stage.update(grad_fn(w), state, w, grad_fn=grad_fn)
+      ...     print(updates)
+      [3.3 5.6]
+      [1.0  5.5 ]
+
+    References:
+      Liu, Mai, Chen, Hsieh, You. Towards Efficient and Scalable Sharpness-Aware Minimization.
+      arXiv:2203.02714
+
+    Notes:
+      With `every=1` it is `gradient_at(perturbation)`. Where the two gradients are parallel, as for
+      a single parameter, the direction is rounding noise: nothing orthogonal is there to be reused.
+      Gradient evaluations: one extra in `every` updates (`lax.cond`). State: one copy of the
+      parameters, one integer.
+    """
+    _checks.check_count("every", every, 1)
+    _checks.check_count("start", start, 0)
+    _checks.check_number("alpha", alpha, low=0.0)
+    perturbation = optax.with_extra_args_support(perturbation)
+
+    def new_direction(clean: Any, sharp: Any) -> Any:
+        # Guarded as in the published programs.
+        share = _tree.vdot(clean, sharp) / (_tree.vdot(clean, clean) + _tree.EPSILON)
+        orthogonal = _tree.add_scaled(sharp, -share, clean)
+        return _tree.scale(1 / jnp.maximum(_tree.norm(orthogonal), _tree.EPSILON), orthogonal)
+
+    def add_direction(clean: Any, direction: Any, weight: Any) -> Any:
+        return _tree.add_scaled(clean, weight * _tree.norm(clean), direction)
+
+    def init_fn(params: optax.Params) -> ReuseDirectionState:
+        return ReuseDirectionState(
+            step=jnp.zeros([], jnp.int32),
+            perturbation_state=perturbation.init(params),
+            direction=optax.tree.zeros_like(params),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ReuseDirectionState,
+        params: optax.Params | None = None,
+        *,
+        grad_fn: _checks.GradientFunction | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ReuseDirectionState]:
+        _checks.require_params("reuse_direction", params)
+        gradient = _checks.require_grad_fn("reuse_direction", grad_fn)
+        _checks.require_whole_tree("reuse_direction", params)
+
+        def sharp() -> tuple[optax.Updates, optax.OptState, optax.Updates]:
+            displacement, perturbation_state = perturbation.update(
+                updates, state.perturbation_state, params, **{**extra_args, "step": state.step}
+            )
+            grads = gradient(optax.apply_updates(params, displacement), 0)
+            grads = optax.tree.cast_like(grads, updates)
+            if layerwise:
+                direction = jax.tree.map(new_direction, updates, grads)
+            else:
+                direction = new_direction(updates, grads)
+            direction = optax.tree.cast_like(direction, state.direction)
+            # Else one overflow would spoil the next updates too.
+            finite = jnp.isfinite(_tree.norm(direction))
+            direction = jax.tree.map(
+                lambda a, b: jnp.where(finite, a, b), direction, state.direction
+            )
+            return grads, perturbation_state, direction
+
+        def reuse() -> tuple[optax.Updates, optax.OptState, optax.Updates]:
+            weight = value_at(alpha, state.step)
+            if layerwise:
+                grads = jax.tree.map(
+                    lambda c, d: add_direction(c, d, weight), updates, state.direction
+                )
+            else:
+                grads = add_direction(updates, state.direction, weight)
+            return grads, state.perturbation_state, state.direction
+
+        if every == 1 and start is None:
+            result = sharp()
+        else:
+            since_start = state.step - (start or 0)
+            due = (since_start >= 0) & (since_start % every == 0)
+            result = jax.lax.cond(due, sharp, reuse)
+        grads, perturbation_state, direction = result
+        step = optax.safe_increment(state.step)
+        return grads, ReuseDirectionState(step, perturbation_state, direction)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

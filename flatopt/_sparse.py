@@ -1,0 +1,371 @@
+"""Masks of a displacement that change during training: Fisher, random dynamic, dropout."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flatopt import _checks, _random, _tree
+
+
+class FisherMaskState(NamedTuple):
+    """State of `mask_by_fisher`.
+
+    Attributes:
+      step: int32 scalar, number of displacements made so far.
+      mask: tree of bools shaped like the parameters.
+      fisher: tree like the parameters, squared gradients summed since the mask was last made.
+      perturbation_state: state of the masked perturbation.
+    """
+
+    step: jax.Array
+    mask: Any
+    fisher: optax.Updates
+    perturbation_state: optax.OptState
+
+
+class RandomMaskState(NamedTuple):
+    """State of `mask_at_random` and `drop_displacement`.
+
+    Attributes:
+      step: int32 scalar, number of displacements made so far.
+      key: uint32 key data.
+      mask: tree of bools shaped like the parameters; empty for `drop_displacement`.
+      perturbation_state: state of the masked perturbation; empty for `drop_displacement`.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    mask: Any
+    perturbation_state: optax.OptState
+
+
+def mask_by_fisher(
+    perturbation: optax.GradientTransformation, sparsity: float, every: int
+) -> optax.GradientTransformationExtraArgs:
+    r"""Perturbs only the weights with the largest Fisher information: the mask of SSAM-F.
+
+    .. math::
+      \epsilon_i \leftarrow m_i \, \epsilon_i, \qquad
+      m_i = 1 \text{ for the } (1 - s) N \text{ largest } F_i = \sum_t g_{t,i}^2
+
+    Args:
+      perturbation: transformation from a gradient to a displacement, such as `scale_to_norm(rho)`.
+        It sees the whole gradient, so that the masked displacement is shorter than rho, as in the
+        authors' code.
+      sparsity: s, share of the weights that are left alone, in [0, 1). Static.
+      every: displacements between two masks, >= 1. Static.
+
+    Returns:
+      A perturbation. The first mask is made from the first gradient, later ones from the gradients
+      since the last one. Pass `fisher=`, a tree of squared gradients such as `empirical_fisher`
+      gives, to `tx.update` to use it in their place. A gradient with inf or NaN does not enter.
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import flatopt
+      >>> perturbation = flatopt.mask_by_fisher(flatopt.scale_to_norm(0.5), sparsity=0.5, every=10)
+      >>> grads = jnp.array([3.0, 4.0])
+      >>> print(perturbation.update(grads, perturbation.init(grads), grads)[0])
+      [0.  0.4]
+
+    References:
+      Mi et al. Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach.
+      arXiv:2210.05177
+
+    Notes:
+      The authors sum squared gradients of single examples at the time of the new mask, and begin
+      with an empty mask. Squares of minibatch gradients cost nothing extra. Gradient evaluations:
+      none of its own. State: one copy of the parameters, a quarter of one (bools), two integers;
+      a new mask sorts all of it.
+    """
+    _check_sparsity(sparsity)
+    _checks.check_count("every", every, 1)
+    perturbation = optax.with_extra_args_support(perturbation)
+
+    def init_fn(params: optax.Params) -> FisherMaskState:
+        return FisherMaskState(
+            step=jnp.zeros([], jnp.int32),
+            mask=jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params),
+            fisher=jax.tree.map(lambda p: jnp.zeros(p.shape, _tree.scalar_dtype(p)), params),
+            perturbation_state=perturbation.init(params),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: FisherMaskState,
+        params: optax.Params | None = None,
+        *,
+        fisher: optax.Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, FisherMaskState]:
+        displacement, perturbation_state = perturbation.update(
+            updates, state.perturbation_state, params, **extra_args
+        )
+        if fisher is None:
+            fisher = _add_squares(state.fisher, updates)
+            finite = jnp.isfinite(_tree.norm(updates))
+            fisher = jax.tree.map(lambda a, b: jnp.where(finite, a, b), fisher, state.fisher)
+
+        def renew() -> tuple[Any, Any]:
+            number = round((1 - sparsity) * _size(fisher))
+            return _largest(fisher, number), optax.tree.zeros_like(state.fisher)
+
+        def keep() -> tuple[Any, Any]:
+            return state.mask, optax.tree.cast_like(fisher, state.fisher)
+
+        mask, fisher = jax.lax.cond(state.step % every == 0, renew, keep)
+        step = optax.safe_increment(state.step)
+        new_state = FisherMaskState(step, mask, fisher, perturbation_state)
+        return _apply_mask(mask, displacement), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def empirical_fisher(
+    loss_fn: Callable[..., jax.Array], params: optax.Params, *args: Any
+) -> optax.Updates:
+    r"""Sum over the examples of their squared gradients, for `mask_by_fisher`.
+
+    .. math:: F = \sum_n (\nabla_w \, L(w, x_n))^2
+
+    Args:
+      loss_fn: scalar loss of a batch, called as `loss_fn(params, *args)` with batches of one.
+      params: the parameters.
+      *args: pytrees of arrays with a common leading axis, that of the examples.
+
+    Returns:
+      A tree like `params`, in float32 at least.
+
+    Raises:
+      ValueError: if `args` is empty.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import flatopt
+      >>> x = jnp.array([1.0, 2.0])
+      >>> print(flatopt.empirical_fisher(lambda w, x: jnp.mean(w * x), jnp.array(1.0), x))
+      5.0
+
+    References:
+      Mi et al. Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach.
+      arXiv:2210.05177
+
+    Notes:
+      One gradient an example, one after the other (`lax.scan`): memory is that of one.
+    """
+    if not jax.tree.leaves(args):
+        raise ValueError("args is empty: pass the batch, whose leading axis numbers the examples.")
+
+    def add(total: Any, example: Any) -> tuple[Any, None]:
+        batch = jax.tree.map(lambda x: x[None], example)
+        grads = jax.grad(loss_fn)(params, *batch)
+        return _add_squares(total, grads), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, _tree.scalar_dtype(p)), params)
+    return jax.lax.scan(add, zeros, args)[0]
+
+
+def mask_at_random(
+    perturbation: optax.GradientTransformation,
+    sparsity: float,
+    every: int,
+    drop_rate: float = 0.5,
+    decay_steps: int | None = None,
+    key: _random.KeyLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Perturbs a random set of weights that is renewed bit by bit: the mask of SSAM-D.
+
+    At a renewal the live weights with the smallest gradients are dropped, as many as a cosine of
+    the step tells, and random dead ones take their places:
+
+    .. math:: n_t = \tfrac{r}{2} \, (1 + \cos(\pi t / T)) \, (1 - s) N
+
+    Args:
+      perturbation: transformation from a gradient to a displacement; it sees the whole gradient.
+      sparsity: s, share of the weights that are left alone, in [0, 1). Static.
+      every: displacements between two renewals, >= 1. Static.
+      drop_rate: r, share of the live weights that the first renewal drops, in [0, 1].
+      decay_steps: T, displacements until nothing is dropped any more, >= 1; None: no decay. Static.
+      key: an int seed, a key from `jax.random.key`, or its uint32 key data.
+
+    Returns:
+      A perturbation. The number of live weights never changes.
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import flatopt
+      >>> perturbation = flatopt.mask_at_random(flatopt.scale_to_norm(1.0), sparsity=0.75, every=5)
+      >>> grads = jnp.ones(100)
+      >>> displacement, _ = perturbation.update(grads, perturbation.init(grads), grads)
+      >>> print((displacement != 0).sum())
+      25
+
+    References:
+      Mi et al. Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach.
+      arXiv:2210.05177
+
+    Notes:
+      Gradient evaluations: none of its own. State: a quarter of a copy of the parameters (bools),
+      one key, two integers; a renewal sorts as much as the parameters.
+    """
+    _check_sparsity(sparsity)
+    _checks.check_count("every", every, 1)
+    _checks.check_count("decay_steps", decay_steps, 1)
+    _checks.check_number("drop_rate", drop_rate, low=0.0, high=1.0)
+    perturbation = optax.with_extra_args_support(perturbation)
+    data = _random.key_data(key)
+
+    def init_fn(params: optax.Params) -> RandomMaskState:
+        keep, use = _random.split(data)
+        number = round((1 - sparsity) * _size(params))
+        return RandomMaskState(
+            step=jnp.zeros([], jnp.int32),
+            key=keep,
+            mask=_largest(_uniform(use, params), number),
+            perturbation_state=perturbation.init(params),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: RandomMaskState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, RandomMaskState]:
+        displacement, perturbation_state = perturbation.update(
+            updates, state.perturbation_state, params, **extra_args
+        )
+        number = round((1 - sparsity) * _size(updates))
+
+        def renew() -> tuple[Any, jax.Array]:
+            keep_key, use = _random.split(state.key)
+            share: jax.typing.ArrayLike = 1.0
+            if decay_steps is not None:
+                progress = jnp.minimum(state.step / decay_steps, 1.0)
+                share = 0.5 * (1 + jnp.cos(jnp.pi * progress))
+            dropped = jnp.round(drop_rate * share * number).astype(jnp.int32)
+            dropped = jnp.minimum(dropped, _size(updates) - number)  # As many must be dead.
+            live = jax.tree.map(lambda m, g: jnp.where(m, _square(g), -1.0), state.mask, updates)
+            stay = _largest(live, number - dropped)
+            dead = jax.tree.map(
+                lambda m, u: jnp.where(m, -1.0, u), state.mask, _uniform(use, updates)
+            )
+            grown = _largest(dead, dropped)
+            return jax.tree.map(jnp.logical_or, stay, grown), keep_key
+
+        due = (state.step > 0) & (state.step % every == 0)
+        mask, key_left = jax.lax.cond(due, renew, lambda: (state.mask, state.key))
+        step = optax.safe_increment(state.step)
+        new_state = RandomMaskState(step, key_left, mask, perturbation_state)
+        return _apply_mask(mask, displacement), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def drop_displacement(
+    keep: float, key: _random.KeyLike = 0, per_tensor: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    r"""Drops random entries of the displacement and scales up the rest: ESAM's weight perturbation.
+
+    .. math:: \epsilon_i \leftarrow m_i \, \epsilon_i / \beta, \qquad P(m_i = 1) = \beta
+
+    Args:
+      keep: :math:`\beta`, in (0, 1]. Static where it is a number.
+      key: an int seed, a key from `jax.random.key`, or its uint32 key data.
+      per_tensor: True draws once for each leaf, as the authors' code does; False for each weight,
+        as in their paper. Static.
+
+    Returns:
+      A transformation to be chained after `scale_to_norm`, anew at each displacement.
+
+    Raises:
+      ValueError: if `keep` is out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import flatopt
+      >>> drop = flatopt.drop_displacement(keep=0.5, key=0)
+      >>> displacement, _ = drop.update(jnp.ones(1000), drop.init(jnp.ones(1000)))
+      >>> print(displacement.max(), bool(abs(displacement.mean() - 1) < 0.1))
+      2.0 True
+
+    References:
+      Du et al. Efficient Sharpness-aware Minimization for Improved Training of Neural Networks.
+      arXiv:2110.03141
+
+    Notes:
+      Gradient evaluations: none of its own; none saved either. State: one key, one integer.
+    """
+    _checks.check_number("keep", keep, low=0.0, high=1.0)
+    if _checks.is_zero(keep):
+        raise ValueError("keep=0 is out of range: it must be in (0, 1].")
+    data = _random.key_data(key)
+
+    def init_fn(params: optax.Params) -> RandomMaskState:
+        del params
+        return RandomMaskState(jnp.zeros([], jnp.int32), jnp.array(data), (), ())
+
+    def update_fn(
+        updates: optax.Updates,
+        state: RandomMaskState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, RandomMaskState]:
+        del params, extra_args
+        left, use = _random.split(state.key)
+
+        def leaf(x: jax.Array, k: jax.Array) -> jax.Array:
+            kept = jax.random.bernoulli(k, keep, () if per_tensor else x.shape)
+            return jnp.where(kept, x / keep, 0).astype(x.dtype)
+
+        dropped = jax.tree.map(leaf, updates, _random.split_like(use, updates))
+        return dropped, RandomMaskState(optax.safe_increment(state.step), left, (), ())
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_sparsity(sparsity: float) -> None:
+    _checks.check_number("sparsity", sparsity, low=0.0, high=1.0, high_allowed=False)
+
+
+def _apply_mask(mask: Any, displacement: optax.Updates) -> optax.Updates:
+    return jax.tree.map(lambda m, d: jnp.where(m, d, jnp.zeros_like(d)), mask, displacement)
+
+
+def _largest(scores: Any, number: jax.typing.ArrayLike) -> Any:
+    """Tree of bools, True at exactly `number` largest scores of the whole tree."""
+    leaves, structure = jax.tree.flatten(scores)
+    order = jnp.argsort(-jnp.concatenate([x.ravel() for x in leaves]))
+    chosen = jnp.zeros(order.shape, bool).at[order].set(jnp.arange(order.size) < number)
+    ends = list(itertools.accumulate(x.size for x in leaves))
+    parts = jnp.split(chosen, ends[:-1])
+    shaped = [part.reshape(x.shape) for part, x in zip(parts, leaves, strict=True)]
+    return jax.tree.unflatten(structure, shaped)
+
+
+def _uniform(key: jax.Array, like: Any) -> Any:
+    return jax.tree.map(
+        lambda x, k: jax.random.uniform(k, x.shape), like, _random.split_like(key, like)
+    )
+
+
+def _square(x: jax.Array) -> jax.Array:
+    wide = x.astype(_tree.accumulator_dtype(x.dtype))
+    return (wide.conj() * wide).real
+
+
+def _add_squares(total: Any, grads: Any) -> Any:
+    return jax.tree.map(lambda t, g: t + _square(g).astype(t.dtype), total, grads)
+
+
+def _size(tree: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
