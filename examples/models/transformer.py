@@ -51,6 +51,7 @@ class ImageClassifier(nnx.Module):
         heads: int = 4,
         layers: int = 2,
         dropout: float = 0.1,
+        batch_norm: bool = False,
         rngs: nnx.Rngs,
     ):
         """Makes the layers.
@@ -63,17 +64,21 @@ class ImageClassifier(nnx.Module):
           heads: attention heads.
           layers: number of blocks.
           dropout: share dropped in training.
+          batch_norm: whether BatchNorm follows the patch embedding.
           rngs: streams "params" and "dropout".
         """
         rows, columns, channels = image_shape
         number = (rows // patch) * (columns // patch)
         self.embed = nnx.Conv(channels, width, (patch, patch), strides=patch, rngs=rngs)
+        self.embed_norm = nnx.BatchNorm(width, momentum=0.9, rngs=rngs) if batch_norm else None
         self.transformer = Transformer(number, width, heads, layers, dropout, rngs)
         self.head = nnx.Linear(width, classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the logits of images [batch, height, width, channels]."""
         patches = self.embed(x)
+        if self.embed_norm is not None:
+            patches = self.embed_norm(patches)
         features = self.transformer(patches.reshape(len(x), -1, patches.shape[-1]))
         return self.head(jnp.mean(features, 1))
 
