@@ -1,5 +1,6 @@
 """The Python snippets of README and docs run as pasted, one namespace a file."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -28,3 +29,11 @@ def test_links_and_pictures_exist(page: Path):
         path = target[0] or target[1]
         if not path.startswith(("http://", "https://")):
             assert (page.parent / path).exists(), f"{page.name} names {path}, which is not there"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_tests_named_in_a_page_exist(page: Path):
+    for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)", page.read_text()):
+        tree = ast.parse((ROOT / file).read_text())
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert name in functions, f"{page.name} names {file}::{name}, which is not there"
