@@ -1,5 +1,7 @@
 """flatopt: flat minima for JAX, as composable optax transformations."""
 
+from flatopt._alternate import AlternateState as AlternateState
+from flatopt._alternate import alternate as alternate
 from flatopt._arwp import arwp as arwp
 from flatopt._average import AverageState as AverageState
 from flatopt._average import params_ema as params_ema

@@ -87,7 +87,7 @@ def require_grad_fn(name: str, grad_fn: GradientFunction | None) -> GradientFunc
             f"flatopt.{name} takes gradients away from the parameters and needs `grad_fn`. Add\n"
             f"    {_CALL}\n"
             "    updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)\n"
-            "In a loop that cannot pass a function, use flatopt.msam, which needs none."
+            "In a loop that cannot pass a function, use flatopt.alternate or flatopt.msam."
         )
     if not callable(grad_fn):
         raise TypeError(f"grad_fn={grad_fn!r} must be callable: grad_fn(params, i). Use `{_CALL}`.")

@@ -141,6 +141,8 @@ CASES = [
     Case("msam", "wrapper", {"optimizer": sgd(), "rho": 0.1}, "rho", 0.0),
     Case("msam", "wrapper", {"optimizer": sgd(), "rho": -0.1}, "rho", 0.0, variant="ascent"),
     Case("msam", "wrapper", {"optimizer": optax.adamw(0.05), "rho": 0.1}, "rho", 0.0, variant="adamw"),
+    Case("alternate", "wrapper", {"perturbation": flatopt.scale_to_norm(0.05), "optimizer": sgd()}, copies=1),
+    Case("alternate", "wrapper", {"perturbation": flatopt.scale_to_adaptive_norm(0.05), "optimizer": optax.adamw(0.05)}, copies=1, variant="adamw"),
     # averaging
     Case("swa", "average", {}, copies=1),
     Case("swa", "average", {"start": 3, "every": 2}, copies=1, variant="start_every"),

@@ -1,5 +1,7 @@
 """What users of other implementations stumble over, one test each: here it works."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +119,49 @@ def test_multi_steps_after_sam_averages_the_perturbed_gradients():
         updates, state = tx.update(grads, state, START, grad_fn=grad_fn)
         expected.append(grad_fn(START + 0.1 * grads / jnp.linalg.norm(grads)))
     np.testing.assert_allclose(updates, -sum(expected) / 2, rtol=1e-6)
+
+
+def test_rho_zero_takes_no_second_gradient():
+    tx, calls = optax.chain(flatopt.sam(0.0), optax.sgd(0.1)), []
+    tx.update(START, tx.init(START), START, grad_fn=lambda w, i: calls.append(w) or w)
+    assert not calls
+
+
+def test_a_new_rho_or_learning_rate_does_not_recompile():
+    """Hyperparameters are leaves of the state, and `tx` is no static argument."""
+    tx = optax.chain(
+        optax.inject_hyperparams(flatopt.sam)(rho=0.05),
+        optax.inject_hyperparams(optax.sgd)(learning_rate=0.1),
+    )
+    step, params = jax.jit(cases.train_step(tx)), cases.init_params()
+    opt_state, results = tx.init(params), []
+    for rho, learning_rate in ((0.05, 0.1), (0.5, 0.1), (0.5, 0.02)):
+        new = optax.tree.set(
+            opt_state, rho=jnp.float32(rho), learning_rate=jnp.float32(learning_rate)
+        )
+        results.append(step(params, new, cases.make_batch())[0])
+        expected = optax.chain(flatopt.sam(rho), optax.sgd(learning_rate))
+        cases.assert_close(results[-1], cases.run(expected, steps=1)[0])
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("case", cases.cases())
+def test_states_can_be_pickled(case: cases.Case):
+    state = case.build().init(cases.init_params())
+    cases.assert_equal(pickle.loads(pickle.dumps(state)), state)
+
+
+def test_one_update_a_batch_is_one_step_of_sam():
+    """No second call, no closure: gradient, displacement and descent in a single `update`."""
+    tx, batch = optax.chain(flatopt.sam(0.05), optax.sgd(0.1)), cases.make_batch()
+    params = cases.init_params()
+    grads = jax.grad(cases.loss_fn)(params, batch)
+    scale = 0.05 / optax.tree.norm(grads)
+    point = jax.tree.map(lambda w, g: w + scale * g, params, grads)
+    sharp = jax.grad(cases.loss_fn)(point, batch)
+    expected = jax.tree.map(lambda w, g: w - 0.1 * g, params, sharp)
+    actual, _ = cases.train_step(tx)(params, tx.init(params), batch)
+    cases.assert_close(actual, expected)
 
 
 def test_zero_gradient_then_training_goes_on():

@@ -1,11 +1,12 @@
 """The Python snippets of README and docs run as pasted, one namespace a file."""
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks.render import PAGES, render
+from benchmarks.render import PAGES, ROOT, render
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -32,3 +33,11 @@ def test_links_and_pictures_exist(page: Path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_tables_are_those_of_the_results_files(page: Path):
     assert page.read_text() == render(page), "run `python -m benchmarks.render`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_tests_named_in_a_page_exist(page: Path):
+    for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)", page.read_text()):
+        tree = ast.parse((ROOT / file).read_text())
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert name in functions, f"{page.name} names {file}::{name}, which is not there"

@@ -1,0 +1,200 @@
+"""Flax nnx: `grad_fn` and evaluation weights for modules that hold their own parameters."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from flatopt import _base
+from flatopt._eval import eval_params
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["pure"],
+    meta_fields=["wrt", "has_aux"],
+)
+@dataclasses.dataclass(frozen=True)
+class GradFn:
+    """The gradient of a loss of a module, at any parameters; a pytree.
+
+    Made by `make_grad_fn`. It holds everything of the module that is no parameter as it was then:
+    random state, BatchNorm's statistics. Each evaluation starts from there and leaves no trace.
+
+    Attributes:
+      pure: the gradient as a function of the parameters alone. Traced.
+      wrt: which variables are parameters. Static.
+      has_aux: whether the loss returns `(loss, aux)`. Static.
+    """
+
+    pure: _base.GradFn
+    wrt: Any = nnx.Param
+    has_aux: bool = False
+
+    def __call__(self, params: optax.Params, i: jax.typing.ArrayLike = 0) -> optax.Updates:
+        """Returns the gradient at `params`; no module changes, `i` is ignored."""
+        return self.pure(params, i)
+
+    def value_and_grad(self, model: nnx.Module) -> tuple[Any, optax.Updates]:
+        """Returns `(loss, grads)`, or `((loss, aux), grads)` with `has_aux`, at `model`.
+
+        The clean pass of the training loop, in the place of `nnx.value_and_grad(loss_fn)(model,
+        ...)`, and like it the one that moves `model`'s statistics and random state on.
+        """
+        (loss, (aux, rest)), grads = self.pure.value_and_grad(nnx.state(model, self.wrt))
+        nnx.update(model, rest)
+        return ((loss, aux) if self.has_aux else loss), grads
+
+
+def make_grad_fn(
+    loss_fn: Callable[..., Any],
+    model: nnx.Module,
+    *args: Any,
+    wrt: Any = nnx.Param,
+    has_aux: bool = False,
+    microbatches: int | None = None,
+    **kwargs: Any,
+) -> GradFn:
+    r"""Makes the `grad_fn` of one training step of a module. Call it before the forward pass.
+
+    .. math:: \texttt{grad\_fn}(w, i) = \nabla_w \texttt{loss\_fn}(\texttt{model}(w), *args)
+
+    The module is split here, into the parameters and the rest. All evaluations start from this
+    rest: the same dropout mask in each, and the statistics that they compute are thrown away, so
+    that BatchNorm's are those of the clean pass.
+
+    Args:
+      loss_fn: scalar loss, called as `loss_fn(model, *args, **kwargs)`, just as for
+        `nnx.value_and_grad`. It is part of the compiled program: pass the same function object at
+        every step.
+      model: the module, before the clean pass of this step. It is not changed.
+      *args: the batch: pytrees of arrays, with a common leading axis if `microbatches` is given.
+      wrt: filter of the variables that are trained; the same as for `nnx.Optimizer`. Static.
+      has_aux: whether `loss_fn` returns `(loss, aux)`. Static.
+      microbatches: number of equal parts of the batch; see `flatopt.make_grad_fn`. Each part starts
+        from the same random state; floating-point statistics are averaged over the parts. Static.
+      **kwargs: keyword arguments of the loss, given whole to each microbatch.
+
+    Returns:
+      A `GradFn`, a registered pytree. `grad_fn.value_and_grad(model)` is the clean pass, and
+      `optimizer.update(model, grads, grad_fn=grad_fn)` the step; both work in `nnx.jit`.
+
+    Raises:
+      ValueError: if `microbatches` is below 1 or does not divide the batch.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> import flatopt, flatopt.nnx
+      >>> model = nnx.Linear(2, 1, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+      >>> tx = optax.chain(flatopt.sam(rho=0.05), optax.sgd(0.01))
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> def loss_fn(model, x):
+      ...     return jnp.sum(model(x) ** 2)
+      >>> @nnx.jit
+      ... def train_step(model, optimizer, x):
+      ...     grad_fn = flatopt.nnx.make_grad_fn(loss_fn, model, x)
+      ...     loss, grads = grad_fn.value_and_grad(model)
+      ...     optimizer.update(model, grads, grad_fn=grad_fn)
+      ...     return loss
+      >>> for _ in range(2):
+      ...     print(f"{train_step(model, optimizer, jnp.array([[3.0, 4.0]])):.2f}")
+      49.00
+      10.42
+
+    Notes:
+      `nnx.value_and_grad(loss_fn)(model, *args)` is as good a clean pass, provided that it comes
+      after `make_grad_fn`: the other way round, the two passes have different dropout masks.
+    """
+    graphdef, _, rest = _split(model, wrt)
+    pure = _base.make_grad_fn(
+        _PureLoss(loss_fn, graphdef, wrt, has_aux),
+        *args,
+        has_aux=True,
+        microbatches=microbatches,
+        rest=rest,
+        kwargs=kwargs,
+    )
+    return GradFn(pure, wrt, has_aux)
+
+
+def apply_eval_params(optimizer: nnx.Optimizer, model: Model) -> Model:
+    r"""Returns a copy of a module with the weights to evaluate; `model` goes on training.
+
+    .. math:: w \leftarrow \texttt{flatopt.eval\_params}(\texttt{opt\_state}, w)
+
+    Args:
+      optimizer: the optimiser of `model`, with or without flatopt parts.
+      model: the module in training.
+
+    Returns:
+      A module of its own: `.eval()` on it, or running it, leaves `model` as it is. BatchNorm's
+      statistics are copies of the training ones.
+
+    Raises:
+      ValueError: if two states on one level each hold evaluation weights for the same leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> import flatopt, flatopt.nnx
+      >>> model = nnx.Linear(1, 1, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
+      >>> tx = optax.chain(optax.sgd(1.0), flatopt.swa())
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> for slope in (1.0, 2.0):  # The kernel is 1, then 3.
+      ...     grads = nnx.grad(lambda model: -slope * jnp.sum(model.kernel[...]))(model)
+      ...     _ = optimizer.update(model, grads)
+      >>> evaluated = flatopt.nnx.apply_eval_params(optimizer, model)
+      >>> print(model.kernel[...], evaluated.kernel[...])
+      [[3.]] [[2.]]
+
+    Notes:
+      Costs no gradient, and one copy of the module. Works in `nnx.jit`.
+    """
+    graphdef, params, rest = _split(model, optimizer.wrt)
+    params = eval_params(_values(optimizer.opt_state), params)
+    # Copies, so that a training step that donates its buffers leaves the result alone.
+    return nnx.merge(graphdef, *jax.tree.map(jnp.copy, (params, rest)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _PureLoss:
+    """The loss as a function of parameters; equal for equal modules, so that programs are shared.
+
+    Returns `(loss, (aux, rest))`, with the rest of the module as the forward pass left it.
+    """
+
+    loss_fn: Callable[..., Any]
+    graphdef: Any
+    wrt: Any
+    has_aux: bool
+
+    def __call__(self, params: Any, *args: Any, rest: Any, kwargs: dict[str, Any]) -> Any:
+        # Variables of its own: those of the caller's module belong to an outer trace.
+        model = nnx.merge(self.graphdef, params, rest)
+        out = self.loss_fn(model, *args, **kwargs)
+        loss, aux = out if self.has_aux else (out, None)
+        return loss, (aux, _split(model, self.wrt)[2])
+
+
+def _split(model: nnx.Module, wrt: Any) -> tuple[Any, Any, Any]:
+    """The module's structure, its parameters and the rest, as arrays."""
+    graphdef, *states = nnx.split(model, wrt, ...)
+    params, rest = map(_values, states)
+    return graphdef, params, rest
+
+
+def _values(tree: Any) -> Any:
+    """`tree` with arrays in the place of variables."""
+
+    def leaf(x: Any) -> Any:
+        return x[...] if isinstance(x, nnx.Variable) else x
+
+    return jax.tree.map(leaf, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
