@@ -152,9 +152,13 @@ def keep_large_zscores(quantile: float) -> optax.GradientTransformationExtraArgs
     _checks.check_number("quantile", quantile, low=0.0, high=1.0, high_allowed=False)
 
     def leaf(g: jax.Array) -> jax.Array:
+        if g.size == 0:
+            return g
         wide = g.astype(_tree.accumulator_dtype(g.dtype))
         distance = jnp.abs(wide - jnp.mean(wide))
-        return jnp.where(distance >= jnp.quantile(distance, quantile), g, jnp.zeros_like(g))
+        # The slack keeps ties together: the two entries of a pair are equally far from their mean.
+        threshold = (1 - 1e-5) * jnp.quantile(_tree.replicate(distance), quantile)
+        return jnp.where(distance >= threshold, g, jnp.zeros_like(g))
 
     def update_fn(
         updates: optax.Updates,

@@ -92,8 +92,8 @@ def mask_by_fisher(
     def init_fn(params: optax.Params) -> FisherMaskState:
         return FisherMaskState(
             step=jnp.zeros([], jnp.int32),
-            mask=jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params),
-            fisher=jax.tree.map(lambda p: jnp.zeros(p.shape, _tree.scalar_dtype(p)), params),
+            mask=jax.tree.map(lambda p: jnp.zeros_like(p, bool), params),
+            fisher=jax.tree.map(lambda p: jnp.zeros_like(p, _tree.scalar_dtype(p)), params),
             perturbation_state=perturbation.init(params),
         )
 
@@ -168,7 +168,7 @@ def empirical_fisher(
         grads = jax.grad(loss_fn)(params, *batch)
         return _add_squares(total, grads), None
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, _tree.scalar_dtype(p)), params)
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, _tree.scalar_dtype(p)), params)
     return jax.lax.scan(add, zeros, args)[0]
 
 
@@ -344,17 +344,25 @@ def _apply_mask(mask: Any, displacement: optax.Updates) -> optax.Updates:
 def _largest(scores: Any, number: jax.typing.ArrayLike) -> Any:
     """Tree of bools, True at exactly `number` largest scores of the whole tree."""
     leaves, structure = jax.tree.flatten(scores)
-    order = jnp.argsort(-jnp.concatenate([x.ravel() for x in leaves]))
+    if not leaves:
+        return scores
+    order = jnp.argsort(-jnp.concatenate([_tree.replicate(x).ravel() for x in leaves]))
     chosen = jnp.zeros(order.shape, bool).at[order].set(jnp.arange(order.size) < number)
     ends = list(itertools.accumulate(x.size for x in leaves))
     parts = jnp.split(chosen, ends[:-1])
-    shaped = [part.reshape(x.shape) for part, x in zip(parts, leaves, strict=True)]
+    # The zeros bring each mask to where its leaf lies.
+    shaped = [
+        jnp.zeros_like(x, bool) | part.reshape(x.shape)
+        for part, x in zip(parts, leaves, strict=True)
+    ]
     return jax.tree.unflatten(structure, shaped)
 
 
 def _uniform(key: jax.Array, like: Any) -> Any:
     return jax.tree.map(
-        lambda x, k: jax.random.uniform(k, x.shape), like, _random.split_like(key, like)
+        lambda x, k: jnp.zeros_like(x, jnp.float32) + jax.random.uniform(k, x.shape),
+        like,
+        _random.split_like(key, like),
     )
 
 

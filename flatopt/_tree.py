@@ -61,6 +61,13 @@ def orthogonal(tree: Any, to: Any) -> Any:
     return add_scaled(tree, -coefficient, to)
 
 
+def replicate(x: jax.Array) -> jax.Array:
+    """`x` on every device where the mesh has explicit axes: sorting has no sharded form there."""
+    if jax.typeof(x).sharding.mesh.are_all_axes_explicit:
+        return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
+    return x
+
+
 def merge_masked(trees: Iterable[Any], like: Any) -> Any:
     """One tree of the structure of `like`: each leaf from the tree that has it.
 

@@ -30,7 +30,7 @@ def test_update_is_pure(case: Case):
 @pytest.mark.parametrize("case", cases.cases())
 def test_jit_equals_no_jit(case: Case):
     eager = cases.run(case.build(), transform=lambda f: f)
-    cases.assert_close(cases.run(case.build()), eager)
+    cases.assert_close(case.trained, eager)
 
 
 @pytest.mark.parametrize("case", cases.cases())
@@ -128,8 +128,10 @@ def test_exact_number_of_gradient_evaluations(case: Case):
 def test_state_holds_the_stated_copies(case: Case):
     params = {"kernel": jnp.ones([100, 100])}
     base = case.kwargs.get("optimizer", cases.sgd())
-    extra = optax.tree.size(case.build().init(params)) - optax.tree.size(base.init(params))
-    assert case.copies * 10_000 <= extra <= case.copies * 10_000 + 8  # The rest: a few scalars.
+    extra = optax.tree.sum(jax.tree.map(lambda x: x.nbytes, case.build().init(params)))
+    extra -= optax.tree.sum(jax.tree.map(lambda x: x.nbytes, base.init(params)))
+    stated = case.copies * params["kernel"].nbytes
+    assert stated - 1 <= extra <= stated + 40  # The rest: a few scalars.
 
 
 @pytest.mark.parametrize("case", cases.cases())
@@ -200,7 +202,7 @@ def test_skipped_branch_poisons_nothing(bad: float):
 def test_constant_schedule_equals_constant(case: Case):
     value = case.kwargs[case.hyperparameter]
     scheduled = case.build(**{case.hyperparameter: optax.constant_schedule(value)})
-    cases.assert_close(cases.run(scheduled), cases.run(case.build()), rtol=1e-6)
+    cases.assert_close(cases.run(scheduled), case.trained, rtol=1e-6)
 
 
 @pytest.mark.parametrize("case", cases.cases(has=lambda c: c.hyperparameter is not None))

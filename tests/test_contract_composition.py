@@ -32,7 +32,7 @@ def test_named_chain_and_conditionally_transform(case: Case):
     inner = optax.conditionally_transform(case.build(), lambda step: step >= 0)
     named = optax.named_chain(("method", inner))
     params, state = cases.run(named)
-    expected, expected_state = cases.run(case.build())
+    expected, expected_state = case.trained
     cases.assert_close(params, expected)
     cases.assert_close(
         flatopt.eval_params(state, params), flatopt.eval_params(expected_state, expected)
@@ -43,7 +43,7 @@ def test_named_chain_and_conditionally_transform(case: Case):
 def test_under_multi_steps_of_one(case: Case):
     multi = optax.MultiSteps(case.build(), 1).gradient_transformation()
     params, state = cases.run(multi)
-    expected, expected_state = cases.run(case.build())
+    expected, expected_state = case.trained
     cases.assert_close(params, expected)
     cases.assert_close(
         flatopt.eval_params(state, params), flatopt.eval_params(expected_state, expected)
@@ -93,7 +93,7 @@ def test_before_a_partition(case: Case):
 def test_inject_hyperparams_needs_no_static_args(case: Case):
     tx = case.build_injected()
     params, state = cases.run(tx)
-    cases.assert_close(params, cases.run(case.build())[0])
+    cases.assert_close(params, case.trained[0])
     (hyperparams,) = [v for _, v in optax.tree.get_all_with_path(state, "hyperparams")]
     assert hyperparams[case.hyperparameter] == jnp.float32(case.kwargs[case.hyperparameter])
     # The state's number is what acts.
