@@ -13,14 +13,21 @@ import flatopt
 ROOT = Path(flatopt.__file__).parent
 # Modules on one floor never import one another, except downwards in the order given here.
 FLOORS = [
-    ["_tree", "_checks", "_base", "_schedules"],
-    ["_perturbations", "_combiners", "_noise", "_eval"],
+    ["_tree", "_checks", "_base", "_schedules", "_ring"],
+    ["_mean"],
+    ["_perturbations", "_combiners", "_noise", "_eval", "_merge", "_inner_state", "_batch_stats"],
     ["_gradient_at", "_hold", "_alternate", "_average"],
-    ["_methods"],
+    ["_snapshots", "_swag", "_lookahead", "_periodic_swa"],
+    ["_methods", "_gadam", "_ensemble"],
     ["linen", "nnx"],
 ]
-# On the lowest floor the checks use the tree helpers, and the gradient contract uses both.
-ALLOWED_SIDEWAYS = {("_checks", "_tree"), ("_base", "_tree"), ("_base", "_checks")}
+# On the lowest floor the checks use the tree helpers, and others use both.
+ALLOWED_SIDEWAYS = {
+    ("_checks", "_tree"),
+    ("_base", "_tree"),
+    ("_base", "_checks"),
+    ("_schedules", "_checks"),
+}
 OPTIONAL = {"flax": {"linen", "nnx"}, "matplotlib": set()}
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py")
 
