@@ -17,11 +17,13 @@ class PadamState(NamedTuple):
       step: int32 scalar, number of updates so far.
       mu: tree like the parameters, decaying mean of the gradients.
       nu: tree like the parameters, decaying mean of their squares.
+      nu_max: tree like the parameters, the largest value that each entry of `nu` has had.
     """
 
     step: jax.Array
     mu: optax.Updates
     nu: optax.Updates
+    nu_max: optax.Updates
 
 
 def gadam(
@@ -96,7 +98,8 @@ def gadamx(
 
     .. math::
       w_{t+1} = (1 - \eta \lambda) w_t
-      - \eta \, \frac{\sqrt{1 - b_2^t}}{1 - b_1^t} \, m_t \big/ (\sqrt{v_t} + \epsilon)^{2p}
+      - \eta \, \frac{\sqrt{1 - b_2^t}}{1 - b_1^t} \, m_t \big/ (\sqrt{\bar v_t} + \epsilon)^{2p},
+      \qquad \bar v_t = \max(\bar v_{t-1}, v_t)
 
     Args:
       learning_rate: :math:`\eta`: a number, a traced array, or a schedule of the step count. With a
@@ -104,7 +107,7 @@ def gadamx(
       b1: decay of the mean gradient, in [0, 1).
       b2: decay of the mean squared gradient, in [0, 1).
       eps: :math:`\epsilon`, > 0. Unlike in `optax.adam`, it is added before bias correction.
-      partial: p, in [0, 1/2]: 1/2 is Adam, 0 is SGD with momentum (and a bias correction).
+      partial: p, in [0, 1/2]: 1/2 is AMSGrad, 0 is SGD with momentum (and a bias correction).
       weight_decay: :math:`\lambda`, >= 0, decoupled: a number, a traced array, or a schedule.
       start: as for `gadam`. Static.
       every: as for `gadam`. Static.
@@ -134,8 +137,8 @@ def gadamx(
       Adaptive Gradient Methods in Training Deep Neural Networks. arXiv:1806.06763
 
     Notes:
-      Gradient evaluations: none extra. State: two copies of the parameters for the step, one for
-      the mean.
+      Like its authors' code, the step never lets the second moment fall (AMSGrad). Gradient
+      evaluations: none extra. State: three copies of the parameters for the step, one for the mean.
     """
     _checks.check_number("partial", partial, low=0.0, high=0.5)
     return _averaged("gadamx", _scale_by_padam(b1, b2, eps, partial), **locals())
@@ -188,6 +191,7 @@ def _scale_by_padam(
             step=jnp.zeros([], jnp.int32),
             mu=optax.tree.zeros_like(params),
             nu=optax.tree.zeros_like(params),
+            nu_max=optax.tree.zeros_like(params),
         )
 
     def update_fn(
@@ -198,14 +202,15 @@ def _scale_by_padam(
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
         correction = jnp.sqrt(1 - b2**step) / (1 - b1**step)
+        nu_max = jax.tree.map(jnp.maximum, state.nu_max, optax.tree.cast_like(nu, state.nu))
 
         def leaf(m: jax.Array, v: jax.Array) -> jax.Array:
             scaled = m / (jnp.sqrt(v) + eps) ** (2 * partial)
             return (correction * scaled).astype(m.dtype)
 
         new_state = PadamState(
-            step, optax.tree.cast_like(mu, state.mu), optax.tree.cast_like(nu, state.nu)
+            step, optax.tree.cast_like(mu, state.mu), optax.tree.cast_like(nu, state.nu), nu_max
         )
-        return jax.tree.map(leaf, mu, nu), new_state
+        return jax.tree.map(leaf, mu, nu_max), new_state
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -64,7 +64,7 @@ def merge_weights(kernel: str | Callable[[jax.Array], jax.Array], number: int) -
             "that falls from 1 to 0 on [0, 1]."
         )
     decay = kernel if callable(kernel) else _KERNELS[kernel]
-    factors = decay(jnp.arange(number + 1) / number)
+    factors = decay(jnp.linspace(0.0, 1.0, number + 1))
     return factors[:-1] - factors[1:]
 
 

@@ -137,7 +137,7 @@ def periodic_swa(
             old = jax.tree.map(
                 lambda m: jnp.where(state.number == 0, jnp.zeros_like(m), m), state.mean
             )
-            return _mean.towards(old, optax.apply_updates(params, updates), 1 / number), number
+            return _mean.towards(old, optax.apply_updates(params, updates), 1.0 / number), number
 
         due = (step > begin) & ((step - begin) % gap == 0)
         mean, number = jax.lax.cond(due, collect, lambda: (state.mean, state.number))

@@ -40,7 +40,8 @@ def ordered(ring: Any, number: jax.Array) -> Any:
     return jax.tree.map(leaf, ring)
 
 
-def weights(number: jax.Array, length: int, dtype: Any = jnp.float32) -> jax.Array:
-    """One for each slot in use, zero for the others, divided by their number."""
+def weights(number: jax.Array, length: int) -> jax.Array:
+    """Equal weights of the slots in use, zero for the others."""
     filled = jnp.minimum(number, length)
-    return ((jnp.arange(length) < filled) / jnp.maximum(filled, 1)).astype(dtype)
+    # 1.0: an int32 divided by another would be a float32 also where floats are float64.
+    return (jnp.arange(length) < filled) * (1.0 / jnp.maximum(filled, 1))

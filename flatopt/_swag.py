@@ -145,7 +145,7 @@ def swag(
         def collect() -> SwagState:
             new = optax.apply_updates(params, updates)
             number = state.number + 1
-            mean = _mean.towards(state.mean, new, 1 / number)
+            mean = _mean.towards(state.mean, new, 1.0 / number)
             deviations = optax.tree.sub(new, mean)
 
             def spread(variance: jax.Array, w: jax.Array, old: jax.Array, d: jax.Array) -> Any:

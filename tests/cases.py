@@ -123,8 +123,8 @@ CASES = [
     Case("periodic_swa", "wrapper", {"optimizer": sgd(), "period": 4}, copies=1),
     Case("periodic_swa", "wrapper", {"optimizer": optax.adamw(0.05), "period": 4, "start": 1, "every": 2, "stop": 6}, copies=1, variant="stop"),
     # recipes
-    Case("gadam", "wrapper", {"learning_rate": 0.05, "start": 3}, "learning_rate", copies=2),  # Adam's two and the mean, less SGD's one.
-    Case("gadamx", "wrapper", {"learning_rate": 0.05, "start": 3}, "learning_rate", copies=2),
+    Case("gadam", "wrapper", {"learning_rate": 0.05, "start": 3}, copies=2),  # Adam's two and the mean, less SGD's one.
+    Case("gadamx", "wrapper", {"learning_rate": 0.05, "start": 3}, copies=3),
     Case("wasam", "wrapper", {"optimizer": sgd(), "rho": 0.05, "start": 3}, "rho", extra_evaluations=10, copies=1),
 ]
 # fmt: on
