@@ -78,7 +78,7 @@ def replay_lawa(golden: Golden) -> None:
 def replay_swag(golden: Golden) -> None:
     """Means, second moments, deviations, and the sample that the recorded draws make."""
     hyper, rank = golden.hyper, golden.hyper["K"]
-    stage = flatopt.swag(rank, start=hyper["start"], every=hyper["freq"])
+    stage = flatopt.swag(rank, _first(golden, "collect_at_step"), every=hyper["freq"])
     tx = optax.chain(torch_optimizer(hyper, golden.learning_rate), stage)
     fields = ("mean", "variance", "deviations")
     buffers = {f"kept_{f}": lambda s, f=f: getattr(s[-1], f) for f in fields}
@@ -129,12 +129,17 @@ def _unflatten(golden: Golden) -> Params:
     }
 
 
+def _first(golden: Golden, field: str) -> int:
+    """The first of the recorded step numbers, or one past the end."""
+    return int(next(iter(golden.arrays[field]), golden.steps + 1))
+
+
 def replay_gadam(golden: Golden) -> None:
-    hyper, steps = golden.hyper, golden.arrays["avg_at_step"]
+    hyper = golden.hyper
     b1, b2 = hyper.get("betas", (0.9, 0.999))
     shared = {
         "weight_decay": hyper["weight_decay"],
-        "start": int(steps[0]),
+        "start": _first(golden, "avg_at_step"),
         "every": hyper["freq"],
     }
     args = (hyper["lr"], b1, b2, hyper.get("eps", 1e-8))

@@ -50,7 +50,8 @@ def replay_lookahead(golden: Golden) -> None:
     assert_agrees(recorded, official, ignore=["grad0"])
     corrected = _pull_back_by_hand(golden, aliased=False)
     assert_agrees(recorded | corrected, replayed)
-    if golden.steps > 2 * hyper["k"]:  # The slip acts from the second synchronisation on.
+    # The slip acts from the second synchronisation on, on what momentum there is.
+    if golden.steps > 2 * hyper["k"] and 0 < hyper["alpha"] < 1 and hyper["momentum"] > 0:
         difference = [np.abs(corrected[k] - official[k]).max() for k in official]
         assert max(difference) > 1e5 * ATOL
 
@@ -148,7 +149,7 @@ def _assert_restarts(
     )
     replayed = replay(golden, tx)
     results = golden.results
-    before = [begin, *restarts]
+    before = [begin, *(epoch for epoch in restarts if epoch * steps <= golden.steps)]
     for name in golden.tree("p0"):
         evaluated = replayed[f"eval/{name}"]
         starts = replayed[f"traj/{name}"][:-1:steps]
