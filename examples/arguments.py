@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from examples import datasets
+from examples import batch_norm, datasets
 from examples.methods import BASELINE, METHODS
 
 # Of digits, and of the larger images, where plain SGD does not train with the higher rate.
@@ -46,7 +46,9 @@ def parse(command: Sequence[str]) -> tuple[argparse.Namespace, datasets.Dataset]
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    methods = "\n".join(f"  {method.name:8} {method.about}" for method in METHODS.values())
+    lines = [(m.name, m.about) for m in METHODS.values()] + [(batch_norm.NAME, batch_norm.ABOUT)]
+    methods = "\n".join(f"  {name:10} {about}" for name, about in lines)
+    usual = [method.name for method in METHODS.values() if method.default] + [batch_norm.NAME]
     parser = _Parser(
         prog=PROGRAM,
         description="Train a small network with every method and compare accuracy and flatness.",
@@ -55,7 +57,7 @@ def _make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--methods", type=_names, default=list(METHODS), help="comma-separated; default: all")
+    add("--methods", type=_names, default=usual, help=f"comma-separated ({','.join(usual)})")
     add("--seeds", type=int, default=8, help="number of seeds, trained together (8)")
     add("--steps", type=int, default=3000, help="updates of a run (3000)")
     add("--out", type=Path, default=Path("out"), help="folder for the picture (out)")
@@ -75,9 +77,10 @@ def _names(text: str) -> list[str]:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises `ValueError` for what can be wrong before the data are read; fills in defaults."""
-    unknown = [name for name in args.methods if name not in METHODS]
+    choices = [*METHODS, batch_norm.NAME]
+    unknown = [name for name in args.methods if name not in choices]
     if unknown:
-        raise ValueError(f"unknown method {unknown[0]!r}: there are {', '.join(METHODS)}")
+        raise ValueError(f"unknown method {unknown[0]!r}: there are {', '.join(choices)}")
     if not args.methods:
         raise ValueError("--methods names no method")
     # The baseline always runs, first: differences are taken from it.

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 import flatopt
-from examples import arguments, datasets, picture, report, training
+from examples import arguments, batch_norm, datasets, picture, report, training
 from examples.methods import BASELINE, METHODS, Method, Setting
 from examples.models.mlp import MLP
 
@@ -31,11 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = list(sys.argv[1:] if argv is None else argv)
     args, dataset = arguments.parse(command)
     arms = compare(args, dataset)
+    second = _second_table(args, dataset)
     baseline, machine = arms[0], _machine()
     print(report.table(arms, baseline))
     print()
     print(report.verdict(arms, baseline))
     print()
+    if second is not None:
+        print(batch_norm.table(second))
+        print()
     print(_notes(arms, args, machine))
     results = {
         "command": ["python", "-m", "examples.compare", *command],
@@ -44,12 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": machine,
         "line_positions": training.LINE_POSITIONS.tolist(),
         "arms": report.to_json(arms, baseline),
+        "batch_norm": None if second is None else batch_norm.to_json(second),
     }
     try:
         _write(args, arms, results)
     except OSError as error:
         arguments.fail(f"the results cannot be written: {error}")
     return 0
+
+
+def _second_table(args: argparse.Namespace, dataset: datasets.Dataset) -> batch_norm.Study | None:
+    """What BatchNorm statistics an average needs, if it was asked for."""
+    if batch_norm.NAME not in args.methods:
+        return None
+    steps = min(args.steps, batch_norm.MOST_STEPS)
+    return batch_norm.study(dataset, list(range(args.seeds)), steps, args.train_size)
 
 
 class _Plan(NamedTuple):
@@ -100,7 +113,7 @@ def _plan(args: argparse.Namespace) -> list[_Plan]:
         count = training.count_gradients(method.build(_setting(args, steps)), steps)
         return _Plan(method, equal_gradients, steps, count)
 
-    full = [entry(name, False, args.steps) for name in args.methods]
+    full = [entry(name, False, args.steps) for name in args.methods if name in METHODS]
     budget = full[0].gradient_evaluations
     shortened = [
         entry(plan.method.name, True, plan.steps * budget // plan.gradient_evaluations)

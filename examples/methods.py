@@ -20,6 +20,11 @@ MSAM_RHO = 0.5
 AVERAGE_FROM = 0.75
 # SWA needs weights that keep moving: its learning rate falls to this share, then stays there.
 SWA_FINAL_SHARE = 0.5
+EMA_DECAY = 0.99
+LAWA_WINDOW = 6
+LOOKAHEAD_EVERY = 5
+# Adam's rate as a share of SGD's, and its decoupled decay: the ranges that its authors advise.
+GADAM_SHARE, GADAM_DECAY = 0.01, 0.2
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,13 @@ class Method:
       name: how the command line and the table call it.
       build: makes the optimiser.
       about: one line for `--help`.
+      default: whether it runs when the command line names no methods.
     """
 
     name: str
     build: Callable[[Setting], optax.GradientTransformation]
     about: str
+    default: bool = True
 
 
 def _sgd(setting: Setting) -> optax.GradientTransformation:
@@ -75,13 +82,53 @@ def _msam(setting: Setting) -> optax.GradientTransformation:
 
 
 def _swa(setting: Setting) -> optax.GradientTransformation:
-    # A cosine that reaches its floor when the average begins, and is constant from there on.
-    schedule = optax.cosine_decay_schedule(
-        setting.learning_rate, setting.average_start, alpha=SWA_FINAL_SHARE
-    )
     return optax.chain(
-        optax.sgd(schedule, momentum=MOMENTUM),
+        _sgd_for_averages(setting),
         flatopt.swa(start=setting.average_start, every=setting.steps_per_epoch),
+    )
+
+
+def _sgd_for_averages(setting: Setting) -> optax.GradientTransformation:
+    # A cosine that reaches its floor when the average begins, and is constant from there on.
+    schedule = flatopt.swa_schedule(
+        setting.learning_rate,
+        SWA_FINAL_SHARE * setting.learning_rate,
+        transition_steps=setting.average_start,
+    )
+    return optax.sgd(schedule, momentum=MOMENTUM)
+
+
+def _params_ema(setting: Setting) -> optax.GradientTransformation:
+    return optax.chain(_sgd_for_averages(setting), flatopt.params_ema(EMA_DECAY))
+
+
+def _lawa(setting: Setting) -> optax.GradientTransformation:
+    average = flatopt.lawa(LAWA_WINDOW, every=setting.steps_per_epoch)
+    return optax.chain(_sgd_for_averages(setting), average)
+
+
+def _lookahead(setting: Setting) -> optax.GradientTransformation:
+    return flatopt.lookahead(_sgd(setting), every=LOOKAHEAD_EVERY)
+
+
+def _pswa(setting: Setting) -> optax.GradientTransformation:
+    epoch, start = setting.steps_per_epoch, setting.average_start
+    # Four periods of whole epochs in what is left, as far as there are so many.
+    period = max(1, (setting.steps - start) // (4 * epoch)) * epoch
+    return flatopt.periodic_swa(_sgd_for_averages(setting), period, start=start, every=epoch)
+
+
+def _gadam(setting: Setting) -> optax.GradientTransformation:
+    schedule = flatopt.swa_schedule(
+        GADAM_SHARE * setting.learning_rate,
+        SWA_FINAL_SHARE * GADAM_SHARE * setting.learning_rate,
+        transition_steps=setting.average_start,
+    )
+    return flatopt.gadam(
+        schedule,
+        weight_decay=GADAM_DECAY,
+        start=setting.average_start,
+        every=setting.steps_per_epoch,
     )
 
 
@@ -110,5 +157,12 @@ METHODS: dict[str, Method] = {
         Method(
             "wasam", _wasam, f"SAM, rho {SAM_RHO}, averaged over the last {1 - AVERAGE_FROM:.0%}"
         ),
+        Method("params_ema", _params_ema, f"exponential average, decay {EMA_DECAY}", default=False),
+        Method("lawa", _lawa, f"average of the latest {LAWA_WINDOW} epochs", default=False),
+        Method(
+            "lookahead", _lookahead, f"Lookahead, k {LOOKAHEAD_EVERY}, alpha 0.5", default=False
+        ),
+        Method("pswa", _pswa, "periodic SWA: as swa, with three or four restarts", default=False),
+        Method("gadam", _gadam, f"AdamW, decay {GADAM_DECAY}, averaged as swa", default=False),
     )
 }

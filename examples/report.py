@@ -97,9 +97,14 @@ def table(arms: Sequence[Arm], baseline: Arm) -> str:
         ]
         for arm in arms
     ]
+    return align(header, rows)
+
+
+def align(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as text: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
-    def line(cells: list[str]) -> str:
+    def line(cells: Sequence[str]) -> str:
         first, *rest = zip(cells, widths, strict=True)
         padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
         return "  ".join(padded).rstrip()

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _checks, _tree
+from flatopt import _checks, _mean
 
 # (total weight so far, number of models so far, step) -> (new total weight, share of the new model)
 _Weighting = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -30,13 +30,7 @@ class AverageState(NamedTuple):
 
     def eval_params(self, params: optax.Params) -> optax.Params:
         """Returns the mean in the dtypes of `params`, or `params` before the first model."""
-
-        def leaf(param: jax.Array, mean: Any) -> jax.Array:
-            if _tree.is_masked(mean):
-                return param
-            return jnp.where(self.total_weight > 0, mean.astype(param.dtype), param)
-
-        return jax.tree.map(leaf, params, _tree.merge_masked([self.mean], params))
+        return _mean.evaluated(self.mean, params, self.total_weight > 0)
 
 
 def swa(
@@ -167,6 +161,69 @@ def params_ema(
     return _average("params_ema", weighting, start, every, accumulator_dtype)
 
 
+def power_ema(
+    exponent: optax.ScalarOrSchedule,
+    start: int | None = None,
+    every: int | None = None,
+    accumulator_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Average of the weights whose memory grows with the run: the shares follow a power law.
+
+    .. math::
+      \bar w_n = d_n \bar w_{n-1} + (1 - d_n) w_t, \qquad d_n = (1 - 1/n)^{\gamma + 1}
+
+    so that model i of n has a share of about :math:`(\gamma + 1) \, i^\gamma / n^{\gamma + 1}`,
+    whatever n is: no decay has to be matched to the length of the run.
+
+    Args:
+      exponent: :math:`\gamma`, >= 0: a number, a traced array, or a schedule of the step count. 0
+        is the equal-weight mean, `swa`; with 6.94 the shares spread over about a tenth of the run,
+        with 16.97 over a twentieth.
+      start: number of the first update, counted from 1, whose weights enter, >= 0; None means the
+        first. Static.
+      every: one in `every` updates from there on, >= 1; None means each. Static.
+      accumulator_dtype: as for `swa`. Static.
+
+    Returns:
+      A stage to be chained last. It passes updates through unchanged, and needs `params`.
+
+    Raises:
+      ValueError: if an argument is out of range, or `params` is missing.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import flatopt
+      >>> tx = optax.chain(optax.sgd(1.0), flatopt.power_ema(1.0))
+      >>> params = jnp.array(0.0)
+      >>> opt_state = tx.init(params)
+      >>> for _ in range(2):  # the weights are 1, 2; their shares 1/4, 3/4
+      ...     updates, opt_state = tx.update(jnp.array(-1.0), opt_state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(flatopt.eval_params(opt_state, params))
+      1.75
+
+    References:
+      Karras, Aittala, Lehtinen, Hellsten, Aila, Laine. Analyzing and Improving the Training
+      Dynamics of Diffusion Models. arXiv:2312.02696
+
+    Notes:
+      Place, integer leaves, NaN: as for `swa`. Gradient evaluations: none. State: one copy of the
+      parameters, two scalars.
+    """
+    _checks.check_number("exponent", exponent, low=0.0)
+
+    def weighting(
+        total: jax.Array, number: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        del number
+        power = (exponent(step) if callable(exponent) else exponent) + 1
+        # 1 - (1 - 1/n)^power, without the cancellation that it would suffer at large n.
+        share = -jnp.expm1(power * jnp.log1p(-1 / (total + 1)))
+        return total + 1, share.astype(total.dtype)
+
+    return _average("power_ema", weighting, start, every, accumulator_dtype)
+
+
 def _average(
     name: str,
     weighting: _Weighting,
@@ -175,22 +232,13 @@ def _average(
     accumulator_dtype: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Every running mean is `mean += share * (params - mean)`; `weighting` gives the share."""
-    _checks.check_count("start", start, 0)
-    _checks.check_count("every", every, 1)
-    first, period = max(start or 1, 1), every or 1
-    if start == 0 and period > 1:
-        first = period  # "After updates 0, every, 2 every, ...": nothing is averaged after none.
-
-    def dtype_of(dtype: Any) -> Any:
-        if accumulator_dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
-            return accumulator_dtype
-        return _tree.accumulator_dtype(dtype)
+    first, period = _mean.timing(start, every)
 
     def init_fn(params: optax.Params) -> AverageState:
         return AverageState(
             step=jnp.zeros([], jnp.int32),
             total_weight=jnp.zeros([], jnp.result_type(float)),
-            mean=jax.tree.map(lambda p: jnp.zeros_like(p, dtype_of(jnp.result_type(p))), params),
+            mean=_mean.zeros(params, accumulator_dtype),
         )
 
     def update_fn(
@@ -206,21 +254,16 @@ def _average(
         def collect() -> tuple[jax.Array, optax.Params]:
             number = (step - first) // period
             total_weight, share = weighting(state.total_weight, number, state.step)
-
-            def leaf(mean: jax.Array, param: jax.Array) -> jax.Array:
-                if not jnp.issubdtype(mean.dtype, jnp.inexact):
-                    return param
-                return (mean + share * (param - mean)).astype(mean.dtype)
-
             new_params = optax.apply_updates(params, updates)
-            return total_weight, jax.tree.map(leaf, state.mean, new_params)
+            return total_weight, _mean.towards(state.mean, new_params, share)
 
         if first == period == 1:
             total_weight, mean = collect()
         else:
-            due = (step >= first) & ((step - first) % period == 0)
             total_weight, mean = jax.lax.cond(
-                due, collect, lambda: (state.total_weight, state.mean)
+                _mean.is_due(step, first, period),
+                collect,
+                lambda: (state.total_weight, state.mean),
             )
         return updates, AverageState(step, total_weight, mean)
 

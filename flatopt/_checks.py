@@ -71,6 +71,13 @@ def is_zero(value: optax.ScalarOrSchedule) -> bool:
     )
 
 
+def is_one(value: optax.ScalarOrSchedule) -> bool:
+    """Whether `value` is a number known to be one now: not a schedule, not a traced array."""
+    return (
+        not callable(value) and not isinstance(value, jax.core.Tracer) and bool(np.all(value == 1))
+    )
+
+
 def require_params(name: str, params: Any) -> None:
     """Raises unless the caller handed over the parameters."""
     if params is None:

@@ -17,7 +17,7 @@ class ReuseDirectionState(NamedTuple):
       step: int32 scalar, number of updates so far.
       perturbation_state: state of the perturbation.
       direction: tree like the parameters, the part of the last sharp gradient that was orthogonal
-        to the clean one, of length 1; zeros before the first.
+        to the clean one, of length 1; zeros before the first, and where there was none.
     """
 
     step: jax.Array
@@ -76,8 +76,8 @@ def reuse_direction(
       arXiv:2203.02714
 
     Notes:
-      With `every=1` it is `gradient_at(perturbation)`. Where the two gradients are parallel, as for
-      a single parameter, the direction is rounding noise: nothing orthogonal is there to be reused.
+      With `every=1` it is `gradient_at(perturbation)`. Where the two gradients are parallel to
+      rounding, as for a single parameter, there is nothing to be reused: the direction is zero.
       Gradient evaluations: one extra in `every` updates (`lax.cond`). State: one copy of the
       parameters, one integer.
     """
@@ -90,7 +90,11 @@ def reuse_direction(
         # Guarded as in the published programs.
         share = _tree.vdot(clean, sharp) / (_tree.vdot(clean, clean) + _tree.EPSILON)
         orthogonal = _tree.add_scaled(sharp, -share, clean)
-        return _tree.scale(1 / jnp.maximum(_tree.norm(orthogonal), _tree.EPSILON), orthogonal)
+        length = _tree.norm(orthogonal)
+        # What rounding leaves of parallel gradients is no direction.
+        rounding = max((jnp.finfo(x.dtype).eps for x in jax.tree.leaves(sharp)), default=0.0)
+        is_noise = length <= 8 * rounding * _tree.norm(sharp)
+        return _tree.scale(jnp.where(is_noise, 0, 1 / length), orthogonal)
 
     def add_direction(clean: Any, direction: Any, weight: Any) -> Any:
         return _tree.add_scaled(clean, weight * _tree.norm(clean), direction)

@@ -2,14 +2,164 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from flatopt import _checks
+
+_SHAPES = ("cosine", "linear")
 
 
 def value_at(value: optax.ScalarOrSchedule, step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
     """The number `value`, or the value of the schedule `value` at `step`."""
     return value(step) if callable(value) else value
+
+
+def swa_schedule(
+    init_value: float,
+    swa_value: float,
+    transition_steps: float,
+    transition_begin: float = 0,
+    shape: str = "cosine",
+) -> optax.Schedule:
+    r"""A learning rate that falls from one constant to another, and stays there to be averaged.
+
+    .. math::
+      \eta_t = \eta_{swa} + (\eta_0 - \eta_{swa}) \, k(x), \qquad
+      x = \mathrm{clip}\Big(\frac{t - begin}{steps}, 0, 1\Big), \qquad
+      k(x) = \tfrac12 (1 + \cos \pi x) \;\text{ or }\; 1 - x
+
+    Args:
+      init_value: :math:`\eta_0`, the rate before the transition.
+      swa_value: :math:`\eta_{swa}`, the rate after it; often half to a twentieth of the first.
+      transition_steps: length of the transition in updates, >= 0, whole or not. 0: a jump. Static.
+      transition_begin: the count at which it begins, >= 0, whole or not. Static.
+      shape: "cosine" or "linear". Static.
+
+    Returns:
+      A schedule: a function from the step count, from 0 on, to the learning rate.
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    Examples:
+      >>> import flatopt
+      >>> schedule = flatopt.swa_schedule(0.1, 0.05, transition_steps=10)
+      >>> print([round(float(schedule(t)), 4) for t in (0, 5, 10, 15)])
+      [0.1, 0.075, 0.05, 0.05]
+
+    References:
+      Izmailov, Podoprikhin, Garipov, Vetrov, Wilson. Averaging Weights Leads to Wider Optima and
+      Better Generalization. arXiv:1803.05407
+
+    Notes:
+      PyTorch's SWALR is `swa_schedule(lr, swa_lr, anneal_steps, shape="cosine")` or `"linear"`,
+      counted from where it begins. The SWA authors' own training falls linearly from half of the
+      way to the start of the average to nine tenths of it:
+      `swa_schedule(lr, swa_lr, 0.4 * start, 0.5 * start, shape="linear")`. Start the average where
+      the constant phase starts: `swa(start=constant_phase_start(schedule, steps))`.
+    """
+    _checks.check_number("init_value", init_value, low=0.0)
+    _checks.check_number("swa_value", swa_value, low=0.0)
+    _checks.check_number("transition_steps", transition_steps, low=0.0)
+    _checks.check_number("transition_begin", transition_begin, low=0.0)
+    if shape not in _SHAPES:
+        raise ValueError(f"shape={shape!r} is unknown: it must be one of {', '.join(_SHAPES)}.")
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        since = jnp.asarray(count) - transition_begin
+        if transition_steps == 0:
+            return jnp.where(since < 0, init_value, swa_value)
+        x = jnp.clip(since / transition_steps, 0.0, 1.0)
+        factor = (1 + jnp.cos(jnp.pi * x)) / 2 if shape == "cosine" else 1 - x
+        # Exactly constant from there on, whatever the cosine of pi rounds to.
+        return jnp.where(x >= 1, swa_value, swa_value + (init_value - swa_value) * factor)
+
+    return schedule
+
+
+def cyclic_triangle_schedule(max_value: float, min_value: float, period: int) -> optax.Schedule:
+    r"""A learning rate that falls and rises linearly, period after period: that of FGE.
+
+    .. math::
+      \eta_t = \eta_{\max} + (\eta_{\min} - \eta_{\max}) \, (1 - |1 - 2 x|), \qquad
+      x = (t \bmod period) / period
+
+    Args:
+      max_value: the rate at the ends of a period.
+      min_value: the rate in its middle.
+      period: number of updates in a period, >= 2. Static.
+
+    Returns:
+      A schedule: a function from the step count, from 0 on, to the learning rate.
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    Examples:
+      >>> import flatopt
+      >>> schedule = flatopt.cyclic_triangle_schedule(0.05, 0.01, period=4)
+      >>> print([round(float(schedule(t)), 4) for t in range(6)])
+      [0.05, 0.03, 0.01, 0.03, 0.05, 0.03]
+
+    References:
+      Garipov, Izmailov, Podoprikhin, Vetrov, Wilson. Loss Surfaces, Mode Connectivity, and Fast
+      Ensembling of DNNs. arXiv:1802.10026
+
+    Notes:
+      The authors take a model after update `period // 2` of each period, counted from 1, just
+      before the lowest rate is used: `snapshots(number, start=period // 2, every=period)`.
+    """
+    _checks.check_number("max_value", max_value, low=0.0)
+    _checks.check_number("min_value", min_value, low=0.0)
+    _checks.check_count("period", period, 2)
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        x = (jnp.asarray(count) % period) / period
+        return max_value + (min_value - max_value) * (1 - jnp.abs(1 - 2 * x))
+
+    return schedule
+
+
+def constant_phase_start(schedule: optax.Schedule, num_steps: int) -> int:
+    r"""The number of the first update that the final, constant learning rate makes.
+
+    .. math:: \min \{ t \ge 1 : \eta_{t-1} = \eta_t = \dots = \eta_{num\_steps - 1} \}
+
+    Args:
+      schedule: function from the step count, from 0 on, to the learning rate.
+      num_steps: length of the run in updates, >= 2.
+
+    Returns:
+      A Python int, for `swa(start=...)` and its like, which count updates from 1.
+
+    Raises:
+      ValueError: if the schedule changes up to its last step: it has no constant phase.
+
+    Examples:
+      >>> import optax
+      >>> import flatopt
+      >>> schedule = flatopt.swa_schedule(0.1, 0.05, transition_steps=750)
+      >>> start = flatopt.constant_phase_start(schedule, num_steps=1000)
+      >>> print(start)
+      751
+      >>> tx = optax.chain(optax.sgd(schedule), flatopt.swa(start=start))
+
+    Notes:
+      Calls the schedule `num_steps` times, vectorised. Works inside `jax.jit` too, since nothing in
+      it depends on traced values.
+    """
+    _checks.check_count("num_steps", num_steps, 2)
+    with jax.ensure_compile_time_eval():
+        values = np.asarray(jax.vmap(schedule)(jnp.arange(num_steps)))
+    changes = np.flatnonzero(values != values[-1])
+    start = int(changes[-1]) + 2 if len(changes) else 1
+    if start >= num_steps:
+        raise ValueError(
+            f"schedule has no constant phase within num_steps={num_steps}: it still changes at its "
+            "last step. Average from a step of your choice with `start`, or use swa_schedule."
+        )
+    return start
 
 
 def proportional_rho_schedule(

@@ -132,8 +132,8 @@ CASES = [
     Case("sam", "stage", {"rho": 0.05, "start": 7}, "rho", 0.0, extra_evaluations=3, variant="start"),
     Case("asam", "stage", {"rho": 0.5}, "rho", 0.0, extra_evaluations=10),
     Case("reuse_direction", "stage", {"perturbation": flatopt.scale_to_norm(0.5), "every": 5, "alpha": 0.5}, "alpha", extra_evaluations=2, copies=1),
-    Case("looksam", "stage", {"rho": 0.05, "every": 5, "alpha": 0.5}, "rho", 0.0, extra_evaluations=2, copies=1),
-    Case("looksam", "stage", {"rho": 0.05, "every": 3, "alpha": 0.5, "layerwise": True, "start": 2}, "rho", 0.0, extra_evaluations=3, copies=1, variant="layerwise"),
+    Case("looksam", "stage", {"rho": 0.5, "every": 5, "alpha": 0.5}, "rho", 0.0, extra_evaluations=2, copies=1),
+    Case("looksam", "stage", {"rho": 0.2, "every": 3, "alpha": 0.5, "layerwise": True, "start": 2}, "rho", 0.0, extra_evaluations=3, copies=1, variant="layerwise"),
     Case("gsam", "stage", {"rho": 0.05, "alpha": 0.4}, "rho", 0.0, extra_evaluations=10),
     Case("gsam", "stage", {"rho": 0.05, "alpha": 0.4, "adaptive": "big_vision", "minimize_perturbed": False}, "rho", 0.0, extra_evaluations=10, variant="big_vision"),
     Case("gnp", "stage", {"rho": 0.05, "alpha": 0.8}, "rho", 0.0, extra_evaluations=10),
@@ -162,7 +162,22 @@ CASES = [
     Case("swa", "average", {"start": 3, "every": 2}, copies=1, variant="start_every"),
     Case("params_ema", "average", {"decay": 0.9}, "decay", copies=1),
     Case("params_ema", "average", {"decay": 0.99, "debias": False, "warmup_steps": 10}, "decay", copies=1, variant="warmup"),
+    Case("power_ema", "average", {"exponent": 2.0}, "exponent", copies=1),
+    Case("lawa", "average", {"window": 3}, copies=3),
+    Case("lawa", "average", {"window": 2, "every": 2, "start": 4}, copies=2, variant="start_every"),
+    Case("snapshots", "average", {"number": 4, "start": 2, "every": 2}, copies=4),
+    Case("swag", "average", {"rank": 3}, copies=2 + 3),
+    Case("swag", "average", {"rank": 2, "start": 2, "every": 2}, copies=2 + 2, variant="start_every"),
+    # wrappers that average
+    Case("lookahead", "wrapper", {"optimizer": sgd(), "every": 3}, copies=1),
+    Case("lookahead", "wrapper", {"optimizer": sgd(), "every": 3, "slow_step_size": 0.8}, "slow_step_size", 1.0, copies=1, variant="step"),
+    Case("lookahead", "wrapper", {"optimizer": optax.adamw(0.05), "every": 2, "reset_state": True}, copies=1, variant="reset"),
+    Case("lookahead", "wrapper", {"optimizer": sgd(), "every": 2, "pull_back": True, "start": 1}, copies=2, variant="pull_back"),
+    Case("periodic_swa", "wrapper", {"optimizer": sgd(), "period": 4}, copies=1),
+    Case("periodic_swa", "wrapper", {"optimizer": optax.adamw(0.05), "period": 4, "start": 1, "every": 2, "stop": 6}, copies=1, variant="stop"),
     # recipes
+    Case("gadam", "wrapper", {"learning_rate": 0.05, "start": 3}, copies=2),  # Adam's two and the mean, less SGD's one.
+    Case("gadamx", "wrapper", {"learning_rate": 0.05, "start": 3}, copies=3),
     Case("wasam", "wrapper", {"optimizer": sgd(), "rho": 0.05, "start": 3}, "rho", extra_evaluations=10, copies=1),
 ]
 # fmt: on

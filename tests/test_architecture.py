@@ -13,13 +13,16 @@ import flatopt
 ROOT = Path(flatopt.__file__).parent
 # Modules on one floor never import one another, except downwards in the order given here.
 FLOORS = [
-    ["_tree", "_checks", "_random", "_base", "_functional", "_selection", "_schedules"],
+    ["_tree", "_checks", "_random", "_base", "_functional", "_selection", "_schedules", "_ring"],
+    ["_mean"],
     ["_perturbations", "_directions", "_noise", "_sparse", "_combiners", "_eval"],
+    ["_merge", "_inner_state", "_batch_stats"],
     ["_gradient_at", "_reuse_direction", "_arwp", "_hold", "_sampa", "_alternate", "_average"],
-    ["_methods", "_mixed_gradients", "_directed", "_partial"],
+    ["_snapshots", "_swag", "_lookahead", "_periodic_swa"],
+    ["_methods", "_mixed_gradients", "_directed", "_partial", "_gadam", "_ensemble"],
     ["linen", "nnx"],
 ]
-# On the lowest floor the checks use the tree helpers, and the gradient contract uses both.
+# On the lowest floor the checks use the tree helpers, and others use both.
 ALLOWED_SIDEWAYS = {
     ("_checks", "_tree"),
     ("_base", "_tree"),

@@ -14,7 +14,17 @@ import sklearn.datasets
 from matplotlib.text import Text
 
 import flatopt
-from examples import compare, datasets, flatness, methods, picture, report, training
+from examples import (
+    batch_norm,
+    compare,
+    datasets,
+    fge,
+    flatness,
+    methods,
+    picture,
+    report,
+    training,
+)
 
 STEPS = 12
 TINY = ["--seeds", "2", "--steps", str(STEPS), "--train-size", "64"]
@@ -98,6 +108,83 @@ def test_whole_run(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("method")
     assert [line.split()[0] for line in lines[2:7]] == ["sgd", "sam", "swa", "msam", "sam*"]
+
+
+@pytest.mark.usefixtures("small_task")
+def test_second_table(tmp_path, capsys):
+    """One run with BatchNorm, evaluated in five ways."""
+    results = _run([*TINY, "--methods", "swa_bn"], tmp_path)
+    assert [arm["method"] for arm in results["arms"]] == ["sgd"]
+    accuracy = {k: np.array(v) for k, v in results["batch_norm"]["test_accuracy"].items()}
+    assert list(accuracy) == ["last", "last_recomputed", "stale", "averaged", "recomputed"]
+    for own in accuracy.values():
+        assert own.shape == (2,)
+        assert ((own >= 0) & (own <= 1)).all()
+    for name, other in (("recomputed_minus_stale", "stale"), ("recomputed_minus_last", "last")):
+        paired = 100 * (accuracy["recomputed"] - accuracy[other])
+        entry = results["batch_norm"]["difference_points"][name]
+        np.testing.assert_allclose(entry["mean"], paired.mean())
+        np.testing.assert_allclose(entry["standard_error"], abs(paired[0] - paired[1]) / 2)
+    lines = capsys.readouterr().out.splitlines()
+    (title,) = [i for i, line in enumerate(lines) if line.startswith("swa_bn")]
+    assert [line.split()[0] for line in lines[title + 3 : title + 8]] == ["last"] * 2 + [
+        "average"
+    ] * 3
+
+
+def test_recomputed_statistics_beat_stale_ones_and_the_average_its_last_iterate():
+    """The table's own setting, with other seeds."""
+    dataset = datasets.load("digits", None)
+    study = batch_norm.study(dataset, [20, 21, 22, 23], batch_norm.MOST_STEPS, 300)
+    accuracy = study.accuracy
+    for worse in (accuracy.stale, accuracy.last):
+        difference = report.Estimate.of(100 * (accuracy.recomputed - worse))
+        assert difference.mean > report.CLEAR * difference.error
+    assert report.Estimate.of(100 * (accuracy.recomputed - accuracy.averaged)).mean < 1.0
+
+
+def test_batch_norm_study_is_the_plain_loop():
+    dataset, steps, size = datasets.load("digits", None), 8, 40
+    study = batch_norm.study(dataset, [0, 1], steps, size)
+    split = datasets.split(dataset, [0, 1], size, batch_norm.LABEL_NOISE)
+    batches = datasets.batches(split, [0, 1], steps, batch_norm.BATCH_SIZE)
+    task = training.Task(batch_norm.BatchNormMLP(), dataset, split, [0, 1])
+    model, (params, stats) = (
+        task.model,
+        (
+            jax.tree.map(lambda leaf: leaf[1], task.initial_params[name])
+            for name in ("params", "batch_stats")
+        ),
+    )
+    tx = optax.sgd(batch_norm.LEARNING_RATE, momentum=methods.MOMENTUM)
+    state, kept = tx.init(params), []
+
+    @jax.jit
+    def step(params, stats, state, x, labels):
+        def loss_fn(params):
+            logits, new = model.apply(
+                {"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"]
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), new["batch_stats"]
+
+        grads, stats = jax.grad(loss_fn, has_aux=True)(params)
+        updates, state = tx.update(grads, state)
+        return optax.apply_updates(params, updates), stats, state
+
+    for t in range(steps):
+        x = dataset.images[batches.rows[t, 1]].astype(np.float32) / 16
+        params, stats, state = step(params, stats, state, x, batches.labels[t, 1])
+        kept.append(params)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, kept[5], kept[7])  # From 6 on, each 2.
+
+    def accuracy(params):
+        test = dataset.images[split.test_rows[1]] / np.float32(16)
+        logits = model.apply({"params": params, "batch_stats": stats}, test)
+        return np.mean(np.argmax(logits, -1) == dataset.labels[split.test_rows[1]])
+
+    np.testing.assert_allclose(study.accuracy.last[1], accuracy(params), atol=2e-3)
+    np.testing.assert_allclose(study.accuracy.stale[1], accuracy(mean), atol=2e-3)
 
 
 @pytest.mark.usefixtures("small_task")
@@ -478,3 +565,19 @@ def test_labels_do_not_overlap():
     boxes = [Text.get_window_extent(label, renderer) for label in labels]
     assert len(boxes) == 10
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+# The other example
+
+
+def test_fast_geometric_ensembling(capsys):
+    accuracy = fge.run(seeds=2, epochs=1, cycles=2)
+    assert list(accuracy) == ["last model", "mean of models", "ensemble"]
+    for own in accuracy.values():
+        assert own.shape == (2,)
+        assert ((own > 0.2) & (own <= 1)).all()  # Better than chance after one epoch.
+    assert fge.main(["--seeds", "2", "--epochs", "1", "--cycles", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[2:5]] == list(accuracy)
+    with pytest.raises(SystemExit):
+        fge.main(["--seeds", "0"])

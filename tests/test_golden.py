@@ -11,13 +11,18 @@ import pathlib
 import jax
 import pytest
 
-from tests import golden_averages, golden_sam, golden_sam_family
+from tests import golden_averages, golden_sam, golden_sam_family, golden_slow_weights
 from tests.golden_problems import load
 
 _DEFAULT = pathlib.Path(__file__).parent / "golden"
 FOLDER = pathlib.Path(os.environ.get("FLATOPT_GOLDEN_DIR", _DEFAULT))
 FILES = sorted(FOLDER.glob("*.npz"))
-ADAPTERS = golden_sam.ADAPTERS | golden_sam_family.ADAPTERS | golden_averages.ADAPTERS
+ADAPTERS = (
+    golden_sam.ADAPTERS
+    | golden_sam_family.ADAPTERS
+    | golden_averages.ADAPTERS
+    | golden_slow_weights.ADAPTERS
+)
 
 
 def test_the_folder_holds_files() -> None:

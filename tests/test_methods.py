@@ -411,3 +411,13 @@ def test_keys_come_in_every_form():
     np.testing.assert_array_equal(draws[0], draws[2])
     with pytest.raises(TypeError, match="key="):
         flatopt.standard_normal(0.5)
+
+
+def test_looksam_has_no_direction_for_a_single_parameter():
+    """The two gradients are parallel: what rounding leaves must not be blown up to length 1."""
+    stage = flatopt.looksam(0.1, every=2, alpha=0.5)
+    grad_fn = flatopt.make_grad_fn(lambda w: jnp.cosh(1.7 * w))
+    w = jnp.array(0.3)
+    _, state = stage.update(grad_fn(w), stage.init(w), w, grad_fn=grad_fn)
+    updates, _ = stage.update(grad_fn(w), state, w, grad_fn=grad_fn)
+    np.testing.assert_array_equal(updates, grad_fn(w))
