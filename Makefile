@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-all lint bench clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,9 @@ demo: $(VENV)/.installed-examples  ## train every method on real digits: a table
 
 test: $(VENV)/.installed-test  ## the whole test suite
 	$(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)
+
+test-all: $(VENV)/.installed-test  ## the test suite with its exhaustive part
+	$(BIN)/python -m pytest -n $(WORKERS) -m "" $(TEST_ARGS)
 
 lint: $(VENV)/.installed-lint  ## style, formatting and types
 	$(BIN)/ruff check .

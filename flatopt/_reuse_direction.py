@@ -87,14 +87,14 @@ def reuse_direction(
     perturbation = optax.with_extra_args_support(perturbation)
 
     def new_direction(clean: Any, sharp: Any) -> Any:
-        # Guarded as in the published programs.
-        share = _tree.vdot(clean, sharp) / (_tree.vdot(clean, clean) + _tree.EPSILON)
+        square = _tree.vdot(clean, clean) + _tree.EPSILON  # Guarded as in the published programs.
+        share = _tree.vdot(clean, sharp) / square
         orthogonal = _tree.add_scaled(sharp, -share, clean)
         length = _tree.norm(orthogonal)
-        # What rounding leaves of parallel gradients is no direction.
+        # What rounding and the guard leave of parallel gradients is no direction.
         rounding = max((jnp.finfo(x.dtype).eps for x in jax.tree.leaves(sharp)), default=0.0)
-        is_noise = length <= 8 * rounding * _tree.norm(sharp)
-        return _tree.scale(jnp.where(is_noise, 0, 1 / length), orthogonal)
+        noise = (8 * rounding + 2 * _tree.EPSILON / square) * _tree.norm(sharp)
+        return _tree.scale(jnp.where(length > noise, 1 / length, 0), orthogonal)
 
     def add_direction(clean: Any, direction: Any, weight: Any) -> Any:
         return _tree.add_scaled(clean, weight * _tree.norm(clean), direction)

@@ -189,6 +189,17 @@ def cases(**conditions: Callable[[Case], bool]) -> list[Any]:
     return [pytest.param(c, id=c.name) for c in chosen]
 
 
+def main_cases(**conditions: Callable[[Case], bool]) -> list[Any]:
+    """For slow tests: pieces of a method, and variants of one, run with the exhaustive tests."""
+
+    def mark(case: Case) -> Any:
+        piece = case.kind in ("perturbation", "direction", "combiner")
+        marks = [pytest.mark.exhaustive] if piece or case.variant else []
+        return pytest.param(case, id=case.name, marks=marks)
+
+    return [mark(c) for c in CASES if all(condition(c) for condition in conditions.values())]
+
+
 def public_factories() -> Iterator[str]:
     """Names of the public functions that return a transformation."""
     for name, value in vars(flatopt).items():

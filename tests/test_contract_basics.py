@@ -134,7 +134,7 @@ def test_state_holds_the_stated_copies(case: Case):
     assert stated - 1 <= extra <= stated + 40  # The rest: a few scalars.
 
 
-@pytest.mark.parametrize("case", cases.cases())
+@pytest.mark.parametrize("case", cases.main_cases())
 def test_loss_goes_down(case: Case):
     loss = lambda params, batch: optax.tree.norm(params, squared=True)  # noqa: E731
     tx, params = case.build(), cases.init_params()
@@ -147,7 +147,7 @@ def test_loss_goes_down(case: Case):
     assert loss(flatopt.eval_params(opt_state, params), None) < 0.5 * start
 
 
-@pytest.mark.parametrize("case", cases.cases())
+@pytest.mark.parametrize("case", cases.main_cases())
 def test_zero_gradient_gives_a_finite_step(case: Case):
     tx, params = case.build(), cases.init_params()
     opt_state, zeros = tx.init(params), optax.tree.zeros_like(params)
@@ -158,7 +158,7 @@ def test_zero_gradient_gives_a_finite_step(case: Case):
 
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
-@pytest.mark.parametrize("case", cases.cases())
+@pytest.mark.parametrize("case", cases.main_cases())
 def test_apply_if_finite_skips_a_bad_step_whole(case: Case, bad: float):
     """A non-finite gradient comes through as non-finite updates, never as a quiet wrong step."""
     tx, params = optax.apply_if_finite(case.build(), 3), cases.init_params()
@@ -198,7 +198,7 @@ def test_skipped_branch_poisons_nothing(bad: float):
     assert not jnp.isfinite(updates).any()
 
 
-@pytest.mark.parametrize("case", cases.cases(has=lambda c: c.hyperparameter is not None))
+@pytest.mark.parametrize("case", cases.main_cases(has=lambda c: c.hyperparameter is not None))
 def test_constant_schedule_equals_constant(case: Case):
     value = case.kwargs[case.hyperparameter]
     scheduled = case.build(**{case.hyperparameter: optax.constant_schedule(value)})

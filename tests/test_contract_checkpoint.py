@@ -31,7 +31,7 @@ def test_flax_msgpack(case: Case):
     _assert_resumes(case, save_and_restore)
 
 
-@pytest.mark.parametrize("case", cases.cases())
+@pytest.mark.parametrize("case", cases.main_cases())
 def test_orbax(case: Case, tmp_path):
     def save_and_restore(tree, like):
         with ocp.StandardCheckpointer() as checkpointer:

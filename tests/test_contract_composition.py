@@ -27,7 +27,7 @@ def test_inside_a_chain_with_extra_arguments(case: Case):
     cases.assert_equal(optax.apply_updates(params, updates), expected)
 
 
-@pytest.mark.parametrize("case", cases.cases())
+@pytest.mark.parametrize("case", cases.main_cases())
 def test_named_chain_and_conditionally_transform(case: Case):
     inner = optax.conditionally_transform(case.build(), lambda step: step >= 0)
     named = optax.named_chain(("method", inner))
@@ -39,7 +39,7 @@ def test_named_chain_and_conditionally_transform(case: Case):
     )
 
 
-@pytest.mark.parametrize("case", cases.cases())
+@pytest.mark.parametrize("case", cases.main_cases())
 def test_under_multi_steps_of_one(case: Case):
     multi = optax.MultiSteps(case.build(), 1).gradient_transformation()
     params, state = cases.run(multi)
@@ -75,7 +75,7 @@ def test_inside_masked_works_or_says_what_to_do(case: Case):
     cases.assert_close(evaluated["hidden"], flatopt.eval_params(part_state, part))
 
 
-@pytest.mark.parametrize("case", cases.cases(inner=lambda c: c.kind == "stage"))
+@pytest.mark.parametrize("case", cases.main_cases(inner=lambda c: c.kind == "stage"))
 def test_before_a_partition(case: Case):
     """Different optimisers for different leaves stand after the stage."""
     tx = optax.partition(
@@ -107,7 +107,7 @@ def test_inject_hyperparams_needs_no_static_args(case: Case):
         assert not jnp.allclose(actual["hidden"]["kernel"], unchanged["hidden"]["kernel"])
 
 
-@pytest.mark.parametrize("case", cases.cases())
+@pytest.mark.parametrize("case", cases.main_cases())
 def test_vmap_over_replicas(case: Case):
     tx = case.build()
     seeds = [cases.init_params(seed=s) for s in range(3)]
@@ -124,7 +124,7 @@ def test_vmap_over_replicas(case: Case):
         cases.assert_close(one(evaluated), flatopt.eval_params(state, expected))
 
 
-@pytest.mark.parametrize("case", cases.cases(has=lambda c: c.hyperparameter is not None))
+@pytest.mark.parametrize("case", cases.main_cases(has=lambda c: c.hyperparameter is not None))
 def test_vmap_over_the_hyperparameter(case: Case):
     value = case.kwargs[case.hyperparameter]
     values = jnp.float32(value) * jnp.array([1.0, 0.5])

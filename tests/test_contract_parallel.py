@@ -42,7 +42,7 @@ def test_there_are_eight_devices():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("case", cases.cases())
+@pytest.mark.parametrize("case", cases.main_cases())
 def test_sharded_parameters_equal_one_device(case: Case, kind: AxisType):
     """The norm is that of all shards together, and the state lies as the parameters lie."""
     tx, mesh, explicit = case.build(), _mesh(kind), kind == AxisType.Explicit
@@ -72,7 +72,7 @@ def test_fresh_state_lies_as_the_parameters_lie(case: Case):
         assert kernel.sharding.is_equivalent_to(params["hidden"]["kernel"].sharding, 2)
 
 
-@pytest.mark.parametrize("case", cases.cases())
+@pytest.mark.parametrize("case", cases.main_cases())
 def test_shard_map_with_pmean_equals_the_whole_batch(case: Case):
     """`pmean` on both gradients: the method of the global batch."""
     tx = case.build()
