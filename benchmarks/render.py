@@ -10,6 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from examples.report import Estimate
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,9 +28,10 @@ def render(page: Path) -> str:
 
 def table(name: str, up: str) -> str:
     """The table and the provenance line of one results file; `up` leads to the root."""
-    results = json.loads((RESULTS / f"{name}.json").read_text())
+    file = name.removeprefix("batch_norm_")  # The second table of a comparison.
+    results = json.loads((RESULTS / f"{file}.json").read_text())
     kind = next(kind for kind in _TABLES if name.startswith(kind))
-    return "\n".join([*_TABLES[kind](results), "", _provenance(name, up, results), ""])
+    return "\n".join([*_TABLES[kind](results), "", _provenance(file, up, results), ""])
 
 
 def _compare(results: dict[str, Any]) -> list[str]:
@@ -51,6 +56,18 @@ def _compare(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _batch_norm(results: dict[str, Any]) -> list[str]:
+    study = results["batch_norm"]
+    lines = ["| evaluated | test accuracy, % |", "| --- | ---: |"]
+    for name, shares in study["test_accuracy"].items():
+        estimate = Estimate.of(100 * np.array(shares))
+        lines.append(f"| {name.replace('_', ' ')} | {estimate.show(2)} |")
+    for name, points in study["difference_points"].items():
+        difference = _pm(points["mean"], points["standard_error"], "+.2f")
+        lines.append(f"| {name.replace('_', ' ')}, points | {difference} |")
+    return lines
+
+
 def _step_time(results: dict[str, Any]) -> list[str]:
     lines = ["| step | ms | over sgd, median | range |", "| --- | ---: | ---: | ---: |"]
     for name, row in results["variants"].items():
@@ -63,6 +80,7 @@ def _step_time(results: dict[str, Any]) -> list[str]:
 
 
 _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "batch_norm_compare": _batch_norm,
     "compare": _compare,
     "step_time": _step_time,
 }

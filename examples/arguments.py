@@ -47,7 +47,8 @@ def parse(command: Sequence[str]) -> tuple[argparse.Namespace, datasets.Dataset]
 
 def _make_parser() -> argparse.ArgumentParser:
     lines = [(m.name, m.about) for m in METHODS.values()] + [(batch_norm.NAME, batch_norm.ABOUT)]
-    methods = "\n".join(f"  {name:10} {about}" for name, about in lines)
+    width = max(len(name) for name, _ in lines)
+    methods = "\n".join(f"  {name:{width}} {about}" for name, about in lines)
     usual = [method.name for method in METHODS.values() if method.default] + [batch_norm.NAME]
     parser = _Parser(
         prog=PROGRAM,

@@ -15,6 +15,12 @@ MOMENTUM = 0.9
 SAM_RHO = 0.2
 ASAM_RHO = 1.0  # ASAM measures in units of the weights: the usual advice is 5 to 10 times SAM's.
 MSAM_RHO = 0.5
+# The others take SAM's radius, and the usual values of what else they have.
+GSAM_ALPHA = 0.4
+GNP_ALPHA = 0.8
+WSAM_GAMMA = 0.8
+LOOKSAM_EVERY, LOOKSAM_ALPHA = 5, 0.2
+RWP_STD = 0.01
 
 # Averages take the last quarter of the run, one model an epoch.
 AVERAGE_FROM = 0.75
@@ -75,6 +81,18 @@ def _sam(setting: Setting) -> optax.GradientTransformation:
 
 def _asam(setting: Setting) -> optax.GradientTransformation:
     return optax.chain(flatopt.asam(ASAM_RHO), _sgd(setting))
+
+
+def _before_sgd(
+    stage: Callable[[], optax.GradientTransformation],
+) -> Callable[[Setting], optax.GradientTransformation]:
+    """A builder that chains what `stage` makes before the optimiser of the baseline."""
+    return lambda setting: optax.chain(stage(), _sgd(setting))
+
+
+def _wsam(setting: Setting) -> optax.GradientTransformation:
+    schedule = optax.cosine_decay_schedule(setting.learning_rate, setting.steps)
+    return flatopt.wsam(_sgd(setting), schedule, SAM_RHO, gamma=WSAM_GAMMA)
 
 
 def _msam(setting: Setting) -> optax.GradientTransformation:
@@ -157,6 +175,34 @@ METHODS: dict[str, Method] = {
         Method(
             "wasam", _wasam, f"SAM, rho {SAM_RHO}, averaged over the last {1 - AVERAGE_FROM:.0%}"
         ),
+        *(
+            Method(name, _before_sgd(stage), about, default=False)
+            for name, stage, about in (
+                (
+                    "gsam",
+                    lambda: flatopt.gsam(SAM_RHO, GSAM_ALPHA),
+                    f"GSAM, rho {SAM_RHO}, alpha {GSAM_ALPHA}",
+                ),
+                (
+                    "gnp",
+                    lambda: flatopt.gnp(SAM_RHO, GNP_ALPHA),
+                    f"gradient-norm penalty, rho {SAM_RHO}, alpha {GNP_ALPHA}",
+                ),
+                (
+                    "friendly_sam",
+                    lambda: flatopt.friendly_sam(SAM_RHO),
+                    f"Friendly-SAM, rho {SAM_RHO}",
+                ),
+                ("vasso", lambda: flatopt.vasso(SAM_RHO), f"VaSSO, rho {SAM_RHO}"),
+                (
+                    "looksam",
+                    lambda: flatopt.looksam(SAM_RHO, LOOKSAM_EVERY, LOOKSAM_ALPHA),
+                    f"LookSAM, rho {SAM_RHO}, every {LOOKSAM_EVERY}, alpha {LOOKSAM_ALPHA}",
+                ),
+                ("rwp", lambda: flatopt.rwp(RWP_STD), f"random weight perturbation, {RWP_STD}"),
+            )
+        ),
+        Method("wsam", _wsam, f"WSAM, rho {SAM_RHO}, gamma {WSAM_GAMMA}", default=False),
         Method("params_ema", _params_ema, f"exponential average, decay {EMA_DECAY}", default=False),
         Method("lawa", _lawa, f"average of the latest {LAWA_WINDOW} epochs", default=False),
         Method(

@@ -13,7 +13,7 @@ def arwp(
     eta: optax.ScalarOrSchedule,
     decay: optax.ScalarOrSchedule,
     key: _random.KeyLike = 0,
-    filter_axis: int = -1,
+    filter_axis: int | None = None,
     noise: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adaptive random weight perturbation: descend with the gradient at a noisy point alone.

@@ -218,7 +218,7 @@ def rwp(
     std: optax.ScalarOrSchedule,
     alpha: optax.ScalarOrSchedule = 0.5,
     key: KeyLike = 0,
-    filter_axis: int = -1,
+    filter_axis: int | None = None,
     start: int | None = None,
     every: int | None = None,
     noise: optax.GradientTransformation | None = None,

@@ -91,7 +91,7 @@ def standard_normal(key: _random.KeyLike) -> optax.GradientTransformationExtraAr
         del params, extra_args
         keep, use = _random.split(state.key)
         draws = jax.tree.map(
-            lambda g, k: jax.random.normal(k, g.shape, g.dtype),
+            lambda g, k: jax.random.normal(k, g.shape, _drawn_dtype(g)).astype(g.dtype),
             updates,
             _random.split_like(use, updates),
         )
@@ -103,7 +103,7 @@ def standard_normal(key: _random.KeyLike) -> optax.GradientTransformationExtraAr
 def filter_noise(
     std: optax.ScalarOrSchedule,
     key: _random.KeyLike = 0,
-    filter_axis: int = -1,
+    filter_axis: int | None = None,
     noise: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A random displacement in proportion to the norm of each filter.
@@ -117,7 +117,8 @@ def filter_noise(
       std: :math:`\sigma`, >= 0: a number, a traced array, or a schedule of the step count (negative
         values of a schedule count as 0).
       key: an int seed, a key from `jax.random.key`, or its uint32 key data.
-      filter_axis: the axis that numbers the filters: -1 for Flax kernels, 0 for PyTorch's. Static.
+      filter_axis: the axis that numbers the filters; None means the last, as in Flax kernels; 0 for
+        PyTorch's. Static.
       noise: transformation that draws z; None means `standard_normal(key)`.
 
     Returns:
@@ -172,7 +173,7 @@ def adaptive_filter_noise(
     eta: optax.ScalarOrSchedule,
     decay: optax.ScalarOrSchedule,
     key: _random.KeyLike = 0,
-    filter_axis: int = -1,
+    filter_axis: int | None = None,
     noise: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""`filter_noise` that is smaller where gradients have been large.
@@ -243,7 +244,7 @@ class AdaptiveFilterNoise:
         eta: optax.ScalarOrSchedule,
         decay: optax.ScalarOrSchedule,
         key: _random.KeyLike,
-        filter_axis: int,
+        filter_axis: int | None,
         noise: optax.GradientTransformation | None,
     ):
         """See `adaptive_filter_noise`."""
@@ -299,7 +300,12 @@ class AdaptiveFilterNoise:
         return displacement, AdaptiveFilterNoiseState(number, noise_state, state.fisher)
 
 
-def _filter_squares(x: jax.Array, filter_axis: int) -> jax.Array:
+def _drawn_dtype(x: jax.Array) -> Any:
+    """Draws are in single precision whatever the dtype, so that they do not depend on it."""
+    return jnp.complex64 if jnp.issubdtype(x.dtype, jnp.complexfloating) else jnp.float32
+
+
+def _filter_squares(x: jax.Array, filter_axis: int | None) -> jax.Array:
     """Sum of squares over each filter, with the axes kept; float32 at least.
 
     A bias has one entry a filter: its squares as they are.
@@ -308,11 +314,12 @@ def _filter_squares(x: jax.Array, filter_axis: int) -> jax.Array:
     squares = (wide.conj() * wide).real
     if x.ndim < 2:
         return squares
-    axes = tuple(a for a in range(x.ndim) if a != filter_axis % x.ndim)
+    axis = (-1 if filter_axis is None else filter_axis) % x.ndim
+    axes = tuple(a for a in range(x.ndim) if a != axis)
     return jnp.sum(squares, axis=axes, keepdims=True)
 
 
-def _filter_norms(x: jax.Array, filter_axis: int) -> jax.Array:
+def _filter_norms(x: jax.Array, filter_axis: int | None) -> jax.Array:
     """Norm of each filter; of a bias, the norm of the whole, since its entries may be zero."""
     squares = _filter_squares(x, filter_axis)
     return jnp.sqrt(squares if x.ndim > 1 else jnp.sum(squares))

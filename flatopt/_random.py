@@ -10,7 +10,8 @@ KeyLike = Any  # An int seed, a typed key, or raw uint32 key data.
 
 def key_data(key: KeyLike) -> jax.Array:
     """Raw uint32 data of `key`, in a buffer of its own."""
-    if isinstance(key, int):
+    # An array too: `optax.inject_hyperparams` makes one of every number.
+    if jnp.ndim(key) == 0 and jnp.issubdtype(jnp.result_type(key), jnp.integer):
         key = jax.random.key(key)
     if jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
         key = jax.random.key_data(key)

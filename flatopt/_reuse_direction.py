@@ -67,9 +67,9 @@ def reuse_direction(
       >>> state = stage.init(w)
       >>> for _ in range(2):
       ...     updates, state = stage.update(grad_fn(w), state, w, grad_fn=grad_fn)
-      ...     print(updates)
-      [3.3 5.6]
-      [1.0  5.5 ]
+      ...     print(f"{updates[0]:.2f} {updates[1]:.2f}")
+      3.30 5.60
+      1.00 5.50
 
     References:
       Liu, Mai, Chen, Hsieh, You. Towards Efficient and Scalable Sharpness-Aware Minimization.

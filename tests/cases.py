@@ -93,7 +93,7 @@ class Case:
         return run(self.build())
 
     def build_injected(self) -> optax.GradientTransformationExtraArgs:
-        static = [name for name, value in self.kwargs.items() if isinstance(value, int)]
+        static = [n for n, v in self.kwargs.items() if isinstance(v, int) or callable(v)]
         factory = optax.inject_hyperparams(getattr(flatopt, self.factory), static_args=static)
         return _complete(self.kind, factory(**self.kwargs))
 

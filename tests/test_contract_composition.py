@@ -144,7 +144,7 @@ def test_vmap_over_the_hyperparameter(case: Case):
         cases.assert_close(jax.tree.map(lambda x, i=i: x[i], results), expected)
 
 
-@pytest.mark.parametrize("case", cases.cases())
+@pytest.mark.parametrize("case", cases.main_cases())
 def test_parameters_and_state_can_be_donated(case: Case):
     tx, params = case.build(), cases.init_params()
     step = jax.jit(cases.train_step(tx), donate_argnums=(0, 1))

@@ -30,7 +30,7 @@ def _train(case: Case, params: Any, steps: int = 3) -> tuple[Any, Any, Any]:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "complex64"])
-@pytest.mark.parametrize("case", cases.cases())
+@pytest.mark.parametrize("case", cases.main_cases())
 def test_dtypes_are_kept(case: Case, dtype: str):
     with jax.enable_x64(dtype == "float64"):
         start = {
@@ -47,7 +47,7 @@ def test_dtypes_are_kept(case: Case, dtype: str):
         assert float(jnp.abs(params["scalar"])) < 1.0
 
 
-@pytest.mark.parametrize("case", cases.cases())
+@pytest.mark.parametrize("case", cases.main_cases())
 def test_mixed_tree_with_none_and_half_precision(case: Case):
     start = {
         "half": jnp.ones([3], jnp.bfloat16),
