@@ -13,14 +13,20 @@ import flatopt
 ROOT = Path(flatopt.__file__).parent
 # Modules on one floor never import one another, except downwards in the order given here.
 FLOORS = [
-    ["_tree", "_checks", "_base", "_schedules"],
-    ["_perturbations", "_combiners", "_noise", "_eval"],
+    ["_tree", "_checks", "_base", "_schedules", "_keys"],
+    ["_perturbations", "_combiners", "_noise", "_langevin", "_replicas", "_eval"],
     ["_gradient_at", "_hold", "_alternate", "_average"],
-    ["_methods"],
+    ["_local_entropy", "_hold_replicas", "_parle", "_gossip"],
+    ["_methods", "_entropy_sgd", "_replicated"],
     ["linen", "nnx"],
 ]
 # On the lowest floor the checks use the tree helpers, and the gradient contract uses both.
-ALLOWED_SIDEWAYS = {("_checks", "_tree"), ("_base", "_tree"), ("_base", "_checks")}
+ALLOWED_SIDEWAYS = {
+    ("_checks", "_tree"),
+    ("_base", "_tree"),
+    ("_base", "_checks"),
+    ("_schedules", "_checks"),
+}
 OPTIONAL = {"flax": {"linen", "nnx"}, "matplotlib": set()}
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py")
 
