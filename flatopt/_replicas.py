@@ -107,8 +107,10 @@ def replicate_params(
     def other(key: jax.Array) -> optax.Params:
         if init_fn is not None:
             return optax.tree.cast_like(init_fn(key), params)
-        kicks = _keys.normal_like(key, params)
-        return jax.tree.map(lambda w, xi: (w + std * xi).astype(w.dtype), params, kicks)
+        kicks = optax.tree.scale(std, _keys.normal_like(key, params))
+        # Rounded apart from the sum, so that replicas made under jit are the same.
+        kicks = jax.lax.optimization_barrier(kicks)
+        return jax.tree.map(lambda w, xi: (w + xi).astype(w.dtype), params, kicks)
 
     # Stacked one by one: each then lies on the devices as `params` does.
     replicas = [params, *map(other, keys)]

@@ -18,6 +18,7 @@ FLOORS = [
     ["_gradient_at", "_hold", "_alternate", "_average"],
     ["_local_entropy", "_hold_replicas", "_parle", "_gossip"],
     ["_methods", "_entropy_sgd", "_replicated"],
+    ["samplers"],
     ["linen", "nnx"],
 ]
 # On the lowest floor the checks use the tree helpers, and the gradient contract uses both.
