@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from flatopt import _checks, _tree
-from flatopt._replicas import AxisName, over_leading_axis
+from flatopt._replicas import LEADING_AXIS, AxisName, over_leading_axis
 
 TOPOLOGIES = ("ring", "exponential", "torus", "full")
 
@@ -90,9 +90,10 @@ def gossip(
         extra_args: dict[str, Any],
     ) -> tuple[optax.Updates, GossipState]:
         moves, inner_state = optimizer.update(updates, state.inner_state, mixed, **extra_args)
-        moves = jax.tree.map(
-            lambda u, new, old: (u + (new - old)).astype(u.dtype), moves, mixed, params
-        )
+        if jax.lax.axis_size(LEADING_AXIS if axis_name is None else axis_name) > 1:
+            moves = jax.tree.map(
+                lambda u, new, old: (u + (new - old)).astype(u.dtype), moves, mixed, params
+            )
         return moves, GossipState(inner_state)
 
     def init_fn(params: optax.Params) -> GossipState:
@@ -178,6 +179,8 @@ def _mix_leading(mixing: Any, params: optax.Params) -> optax.Params:
     """One matrix product for each leaf."""
 
     def leaf(x: jax.Array) -> jax.Array:
+        if len(x) == 1:
+            return x
         dtype = _tree.accumulator_dtype(x.dtype)
         matrix = mixing_matrix(mixing, len(x)) if isinstance(mixing, str) else mixing
         if matrix.shape != (len(x), len(x)):

@@ -199,7 +199,7 @@ def couple_replicas(
     ) -> tuple[optax.Updates, CoupleReplicasState]:
         axes = LEADING_AXIS if axis_name is None else axis_name
         step = optax.safe_increment(state.step)
-        if off:
+        if off or jax.lax.axis_size(axes) == 1:
             return updates, CoupleReplicasState(step, state.unit)
 
         def pulled(unit: jax.Array) -> optax.Updates:

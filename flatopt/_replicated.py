@@ -1,12 +1,12 @@
 """Replicated SGD as a recipe, and the schedules of its coupling."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from flatopt import _checks, _keys
 from flatopt._hold_replicas import hold_replicas
 from flatopt._replicas import couple_replicas
-from flatopt._schedules import exponential_scoping
 
 KINDS = ("exponential", "linear", "cosine")
 _AXIS = "replicas"
@@ -124,15 +124,16 @@ def strength_schedule(
     _checks.check_count("every", every, 1)
     _checks.check_number("init_value", init_value, low=0.0)
     _checks.check_number("end_value", end_value, low=float(init_value))
-    if kind == "linear":
-        schedule = optax.linear_schedule(init_value, end_value, steps)
-    elif init_value == 0 or kind == "cosine":
-        if kind == "exponential":
-            raise ValueError("init_value=0 cannot grow exponentially: it must be above 0.")
-        growth = optax.cosine_decay_schedule(1.0, steps)  # From 1 to 0.
-        schedule = lambda t: end_value + (init_value - end_value) * growth(t)  # noqa: E731
-    else:
-        rate = (end_value / init_value) ** (1 / steps) - 1
-        schedule = exponential_scoping(init_value, rate, max_value=end_value)
+    if kind == "exponential" and init_value == 0:
+        raise ValueError("init_value=0 cannot grow exponentially: it must be above 0.")
     period = every or 1
-    return schedule if period == 1 else lambda t: schedule(t // period * period)
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        started = jnp.asarray(count) // period * period
+        left = 1 - jnp.minimum(started / steps, 1)  # So that the end is met exactly.
+        if kind == "exponential":
+            return end_value * (init_value / end_value) ** left
+        share = left if kind == "linear" else (1 - jnp.cos(jnp.pi * left)) / 2
+        return end_value + (init_value - end_value) * share
+
+    return schedule

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import flatopt
@@ -60,7 +61,7 @@ def _train_vmapped(tx, params, steps: int = 4):
 
 def _train_sharded(tx, params, steps: int = 4):
     """One replica on each of eight devices."""
-    mesh = jax.make_mesh((NUMBER,), ("replicas",))
+    mesh = jax.make_mesh((NUMBER,), ("replicas",), axis_types=(AxisType.Auto,))
 
     def squeezed(function):
         def local(*args):
@@ -116,7 +117,7 @@ def test_replicas_over_devices_and_within():
     """Two on each of four devices: the axis is a tuple of names."""
     start = _replicas()
     tx = METHODS["couple"](("devices", "local"))
-    mesh = jax.make_mesh((4,), ("devices",))
+    mesh = jax.make_mesh((4,), ("devices",), axis_types=(AxisType.Auto,))
     specs = {"in_specs": P("devices"), "out_specs": P("devices"), "check_vma": False}
 
     def mapped(function):
@@ -396,7 +397,8 @@ def test_batch_norm_statistics_of_the_centre():
             normalised, x, train=False, capture_intermediates=True, mutable=["intermediates"]
         )
         output = kept["intermediates"]["BatchNorm_0"]["__call__"][0]
-        np.testing.assert_allclose(output.std(0), 1, atol=1e-2)
+        scale = centre["BatchNorm_0"]["scale"]
+        np.testing.assert_allclose(output.std(0), jnp.abs(scale), rtol=1e-2)
 
 
 # Mixing
@@ -485,7 +487,7 @@ def test_strength_schedule(kind: str):
     values = np.array([schedule(t) for t in range(30)])
     np.testing.assert_allclose(values[[0, 20, 29]], [0.5, 8.0, 8.0], rtol=1e-5)
     assert (np.diff(values) >= 0).all()
-    assert len(set(values.round(6))) == 5  # Four periods and the end.
+    assert len(set(values.round(5))) == 5  # Four periods and the end.
     middle = {"exponential": 2.0, "linear": 4.25, "cosine": 4.25}[kind]
     np.testing.assert_allclose(values[10], middle, rtol=1e-5)
     traced = jax.jit(jax.vmap(schedule))(jnp.arange(30))
