@@ -16,12 +16,12 @@ class HoldReplicasState(NamedTuple):
     """State of `hold_replicas`.
 
     Attributes:
-      others: replicas 1, 2, ...: a tree like the parameters with a leading axis. Replica 0 is the
-        parameters themselves.
+      others: replicas 1, 2, ...: a tree like the parameters with a leading axis; None if there are
+        none. Replica 0 is the parameters themselves.
       inner_state: state of the wrapped optimiser, with a leading axis over all replicas.
     """
 
-    others: optax.Params
+    others: optax.Params | None
     inner_state: optax.OptState
 
     @property
@@ -31,9 +31,12 @@ class HoldReplicasState(NamedTuple):
 
     def eval_params(self, params: optax.Params) -> optax.Params:
         """Returns the barycentre of the replicas' own evaluation weights."""
+        if not jax.tree.leaves(params):
+            return params
+        if self.others is None:
+            return eval_params(jax.tree.map(lambda x: x[0], self.inner_state), params)
         replicas = _join(params, self.others)
-        number = len(jax.tree.leaves(self.inner_state)[0]) if jax.tree.leaves(replicas) else 1
-        return barycentre(jax.vmap(eval_params, axis_size=number)(self.inner_state, replicas))
+        return barycentre(jax.vmap(eval_params)(self.inner_state, replicas))
 
 
 def hold_replicas(
@@ -98,7 +101,7 @@ def hold_replicas(
     def init_fn(params: optax.Params) -> HoldReplicasState:
         replicas = replicate_params(params, number, std, key)
         return HoldReplicasState(
-            others=jax.tree.map(lambda x: x[1:], replicas),
+            others=_others(replicas),
             inner_state=over_replicas(optimizer.init)(replicas),
         )
 
@@ -111,14 +114,14 @@ def hold_replicas(
         **extra_args: Any,
     ) -> tuple[optax.Updates, HoldReplicasState]:
         _checks.require_params("hold_replicas", params)
-        grads = jax.tree.map(lambda g: g[None], updates)
+        grads_of_others = None
         if number > 1:
             gradient = _checks.require_grad_fn("hold_replicas", grad_fn)
             _checks.require_whole_tree("hold_replicas", params)
-            of_others = jax.vmap(gradient, axis_size=number - 1)(
+            grads_of_others = jax.vmap(gradient, axis_size=number - 1)(
                 state.others, jnp.arange(number - 1, dtype=jnp.int32)
             )
-            grads = _join(updates, optax.tree.cast_like(of_others, updates))
+            grads_of_others = optax.tree.cast_like(grads_of_others, updates)
 
         def update_one(grads: Any, inner_state: Any, replica: Any) -> Any:
             def own_grad_fn(point: optax.Params, i: jax.typing.ArrayLike) -> optax.Updates:
@@ -130,13 +133,25 @@ def hold_replicas(
             return optimizer.update(grads, inner_state, replica, **extra_args, **own)
 
         replicas = _join(params, state.others)
-        moves, inner_state = over_replicas(update_one)(grads, state.inner_state, replicas)
-        others = optax.apply_updates(state.others, jax.tree.map(lambda u: u[1:], moves))
+        moves, inner_state = over_replicas(update_one)(
+            _join(updates, grads_of_others), state.inner_state, replicas
+        )
+        others = _others(optax.apply_updates(replicas, moves))
         return jax.tree.map(lambda u: u[0], moves), HoldReplicasState(others, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _join(first: Any, others: Any) -> Any:
-    """One tree with a leading replica axis from one tree without and one with."""
+    """One tree with a leading replica axis from one tree without and one with, or None."""
+    if others is None:
+        return jax.tree.map(lambda x: x[None], first)
     return jax.tree.map(lambda x, rest: jnp.concatenate([x[None], rest]), first, others)
+
+
+def _others(replicas: Any) -> Any:
+    """All replicas but the first; None if that is all."""
+    leaves = jax.tree.leaves(replicas)
+    if leaves and len(leaves[0]) == 1:
+        return None
+    return jax.tree.map(lambda x: x[1:], replicas)

@@ -159,7 +159,6 @@ def local_entropy(
         **extra_args: Any,
     ) -> tuple[optax.Updates, LocalEntropyState]:
         _checks.require_params("local_entropy", params)
-        _checks.require_whole_tree("local_entropy", params)
         if automatic is not None and value is None:
             raise ValueError(
                 "flatopt.local_entropy(automatic=...) measures gamma in units of the loss. Call "
@@ -223,6 +222,7 @@ def local_entropy(
             carry = descend(jnp.zeros([], jnp.int32), updates, carry)
         if num_steps > first:
             gradient = _checks.require_grad_fn("local_entropy", grad_fn)
+            _checks.require_whole_tree("local_entropy", params)
 
             def body(number: jax.Array, carry: Any) -> Any:
                 grads = gradient(optax.tree.cast_like(carry[0], params), number - first)

@@ -107,13 +107,12 @@ def replicate_params(
     def other(key: jax.Array) -> optax.Params:
         if init_fn is not None:
             return optax.tree.cast_like(init_fn(key), params)
-        kicks = optax.tree.scale(std, _keys.normal_like(key, params))
-        # Rounded apart from the sum, so that replicas made under jit are the same.
-        kicks = jax.lax.optimization_barrier(kicks)
-        return jax.tree.map(lambda w, xi: (w + xi).astype(w.dtype), params, kicks)
+        kicks = _keys.normal_like(key, params)
+        return jax.tree.map(lambda w, xi: (w + std * xi).astype(w.dtype), params, kicks)
 
+    # Compiled, so that replicas are the same to the last bit whether the caller compiles or not.
     # Stacked one by one: each then lies on the devices as `params` does.
-    replicas = [params, *map(other, keys)]
+    replicas = [params, *map(jax.jit(other), keys)]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *replicas)
 
 

@@ -103,7 +103,7 @@ CASES = [
     Case("langevin", "wrapper", {"learning_rate": 0.05, "temperature": 1e-4}, "temperature", copies=-1),
     Case("local_entropy", "stage", {"num_steps": 4, "gamma": 0.5, "noise": 0.01}, "gamma", extra_evaluations=30),
     Case("local_entropy", "stage", {"num_steps": 4, "gamma": 0.5, "momentum": 0.5, "initial_gradient": False, "scale_by_gamma": True}, "gamma", extra_evaluations=40, variant="all"),
-    Case("local_entropy", "stage", {"num_steps": 0, "gamma": 0.5}, "gamma", 0.0, variant="no_steps"),
+    Case("local_entropy", "stage", {"num_steps": 0, "gamma": 0.5}, variant="no_steps"),
     Case("local_entropy", "stage", {"num_steps": 1, "gamma": 0.5, "inner_learning_rate": 0.2}, "inner_learning_rate", variant="one_step"),
     Case("entropy_sgd", "wrapper", {"learning_rate": 0.1, "num_steps": 4, "gamma": 0.5, "inner_momentum": 0.5}, "learning_rate", extra_evaluations=40),
     Case("entropy_sgd", "wrapper", {"learning_rate": 0.5, "num_steps": 4, "gamma": 0.5, "form": "lua"}, "gamma", extra_evaluations=40, copies=-1, variant="lua"),
