@@ -16,6 +16,13 @@ SAM_RHO = 0.2
 ASAM_RHO = 1.0  # ASAM measures in units of the weights: the usual advice is 5 to 10 times SAM's.
 MSAM_RHO = 0.5
 
+# Entropy-SGD in the form that wastes no gradient: an update of as many gradients as steps.
+ENTROPY_STEPS = 5
+ENTROPY_GAMMA = 0.01
+REPLICAS = 3
+REPLICA_STRENGTH = (0.001, 0.1)  # From the first step to the last.
+REPLICA_STD = 0.02
+
 # Averages take the last quarter of the run, one model an epoch.
 AVERAGE_FROM = 0.75
 # SWA needs weights that keep moving: its learning rate falls to this share, then stays there.
@@ -92,6 +99,22 @@ def _wasam(setting: Setting) -> optax.GradientTransformation:
     )
 
 
+def _entropy_sgd(setting: Setting) -> optax.GradientTransformation:
+    # To the mean of the loop at first, and ever less far; the loop has the momentum.
+    inner = flatopt.local_entropy(
+        ENTROPY_STEPS,
+        ENTROPY_GAMMA,
+        inner_learning_rate=optax.cosine_decay_schedule(setting.learning_rate, setting.steps),
+        momentum=MOMENTUM,
+    )
+    return optax.chain(inner, optax.sgd(1.0, momentum=MOMENTUM))
+
+
+def _replicated_sgd(setting: Setting) -> optax.GradientTransformation:
+    strength = flatopt.strength_schedule("exponential", *REPLICA_STRENGTH, setting.steps)
+    return flatopt.replicated_sgd(_sgd(setting), REPLICAS, strength, std=REPLICA_STD)
+
+
 BASELINE = "sgd"
 
 METHODS: dict[str, Method] = {
@@ -109,6 +132,16 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "wasam", _wasam, f"SAM, rho {SAM_RHO}, averaged over the last {1 - AVERAGE_FROM:.0%}"
+        ),
+        Method(
+            "entropy_sgd",
+            _entropy_sgd,
+            f"local entropy, {ENTROPY_STEPS} inner steps, gamma {ENTROPY_GAMMA}",
+        ),
+        Method(
+            "replicated_sgd",
+            _replicated_sgd,
+            f"{REPLICAS} replicas that see equal batches, evaluated at their barycentre",
         ),
     )
 }
