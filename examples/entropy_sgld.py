@@ -50,16 +50,16 @@ def walk(tx: optax.GradientTransformation, walkers: int, steps: int) -> Law:
     """Runs many walkers; what they visit in the last three quarters of the time."""
     tx = optax.with_extra_args_support(tx)
 
-    def step(carry: tuple, _: None) -> tuple[tuple, Law]:
+    def step(carry: tuple, _: None) -> tuple[tuple, tuple]:
         w, opt_state = carry
         updates, opt_state = tx.update(gradient(w), opt_state, w, grad_fn=gradient)
         w = optax.apply_updates(w, updates)
-        return (w, opt_state), Law(jnp.mean(w), jnp.mean(w**2), jnp.mean(w > MIDDLE))
+        return (w, opt_state), (jnp.mean(w), jnp.mean(w**2), jnp.mean(w > MIDDLE))
 
     start = jnp.tile(jnp.array(PLACES), walkers // 2)
     carry = start, tx.init(start)
-    _, laws = jax.jit(lambda c: jax.lax.scan(step, c, length=steps))(carry)
-    mean, square, narrow = (float(jnp.mean(x[steps // 4 :])) for x in laws)
+    _, moments = jax.jit(lambda c: jax.lax.scan(step, c, length=steps))(carry)
+    mean, square, narrow = (float(jnp.mean(x[steps // 4 :])) for x in moments)
     return Law(mean, (square - mean**2) ** 0.5, narrow)
 
 

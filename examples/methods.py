@@ -57,11 +57,13 @@ class Method:
       name: how the command line and the table call it.
       build: makes the optimiser.
       about: one line for `--help`.
+      fresh_batches: whether extra gradients are taken on batches of their own.
     """
 
     name: str
     build: Callable[[Setting], optax.GradientTransformation]
     about: str
+    fresh_batches: bool = False
 
 
 def _sgd(setting: Setting) -> optax.GradientTransformation:
@@ -100,14 +102,13 @@ def _wasam(setting: Setting) -> optax.GradientTransformation:
 
 
 def _entropy_sgd(setting: Setting) -> optax.GradientTransformation:
-    # To the mean of the loop at first, and ever less far; the loop has the momentum.
     inner = flatopt.local_entropy(
         ENTROPY_STEPS,
         ENTROPY_GAMMA,
         inner_learning_rate=optax.cosine_decay_schedule(setting.learning_rate, setting.steps),
         momentum=MOMENTUM,
     )
-    return optax.chain(inner, optax.sgd(1.0, momentum=MOMENTUM))
+    return optax.chain(inner, optax.sgd(1.0))  # To the mean of the loop, which has the momentum.
 
 
 def _replicated_sgd(setting: Setting) -> optax.GradientTransformation:
@@ -137,11 +138,13 @@ METHODS: dict[str, Method] = {
             "entropy_sgd",
             _entropy_sgd,
             f"local entropy, {ENTROPY_STEPS} inner steps, gamma {ENTROPY_GAMMA}",
+            fresh_batches=True,
         ),
         Method(
             "replicated_sgd",
             _replicated_sgd,
-            f"{REPLICAS} replicas that see equal batches, evaluated at their barycentre",
+            f"{REPLICAS} replicas on batches of their own, evaluated at their barycentre",
+            fresh_batches=True,
         ),
     )
 }

@@ -41,7 +41,7 @@ def test_perceptron_command(tmp_path, monkeypatch, capsys):
     for arm in results["arms"]:
         assert arm["gradient_evaluations_per_seed"] == 40
         assert np.array(arm["local_energy"]).shape == (2, len(perceptron.SIGMAS))
-        assert np.array(arm["local_energy"])[:, 0].tolist() == [0, 0]
+        np.testing.assert_allclose(np.array(arm["local_energy"])[:, 0], 0, atol=1e-6)
     assert matplotlib.image.imread(tmp_path / "p.png").std() > 0.02
     assert capsys.readouterr().out.count("| perceptron |") == 4
 
