@@ -100,10 +100,12 @@ def hold_replicas(
 
     def init_fn(params: optax.Params) -> HoldReplicasState:
         replicas = replicate_params(params, number, std, key)
-        return HoldReplicasState(
-            others=_others(replicas),
-            inner_state=over_replicas(optimizer.init)(replicas),
-        )
+        # One after another, not mapped: each state then lies on the devices as its replica does.
+        states = [
+            optimizer.init(jax.tree.map(lambda x, a=a: x[a], replicas)) for a in range(number)
+        ]
+        inner_state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        return HoldReplicasState(_others(replicas), inner_state)
 
     def update_fn(
         updates: optax.Updates,

@@ -257,10 +257,17 @@ def _mean(tree: Any, axis_name: AxisName) -> Any:
     """Mean over the replicas, in the accumulator's dtype; the maximum of integers."""
 
     def leaf(x: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
-            return jax.lax.pmax(x.astype(jnp.int32), axis_name).astype(x.dtype)
-        return jax.lax.pmean(x.astype(_tree.accumulator_dtype(x.dtype)), axis_name)
+        inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+        wide = x.astype(_tree.accumulator_dtype(x.dtype) if inexact else jnp.int32)
+        # On explicitly sharded arrays JAX cannot map a reduction over a `vmap` axis; a gather it
+        # can, and there that moves nothing.
+        if any(axis is not None for axis in jax.typeof(x).sharding.spec):
+            everyone = jax.lax.all_gather(wide, axis_name)
+            return jnp.mean(everyone, 0) if inexact else jnp.max(everyone, 0)
+        return (jax.lax.pmean if inexact else jax.lax.pmax)(wide, axis_name)
 
+    if jax.lax.axis_size(axis_name) == 1:
+        return tree
     return jax.tree.map(leaf, tree)
 
 
