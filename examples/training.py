@@ -146,6 +146,8 @@ def train(
     batches: Batches,
     on_progress: Callable[[int], object] | None = None,
     fresh_batches: bool = False,
+    pieces: int = MAX_CHUNKS,
+    on_piece: Callable[[Any], object] | None = None,
 ) -> Trained:
     """Trains one network a seed.
 
@@ -156,6 +158,8 @@ def train(
       on_progress: called now and then with the number of steps done since the last call.
       fresh_batches: whether the optimiser's extra gradients are taken on batches of their own,
         drawn with replacement from the seed's training images, instead of on the step's batch.
+      pieces: the run is cut into so many equal pieces of one program, or fewer.
+      on_piece: called with the weights to evaluate after each piece.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -187,12 +191,13 @@ def train(
     params = task.initial_params
     carry = Carry(params, jax.jit(jax.vmap(tx.init))(params))
     steps = len(batches.rows)
-    size = _chunk_size(steps)
+    size = _chunk_size(steps, pieces)
     chunks = [
         Batches(jnp.asarray(batches.rows[i : i + size]), jnp.asarray(batches.labels[i : i + size]))
         for i in range(0, steps, size)
     ]
 
+    evaluate = jax.jit(jax.vmap(flatopt.eval_params))
     numbers = jnp.arange(steps).reshape(-1, size)
 
     began = time.perf_counter()
@@ -205,15 +210,17 @@ def train(
         carry = jax.block_until_ready(compiled(carry, task.images, chunk, own_numbers, task.split))
         if on_progress is not None:
             on_progress(size)
+        if on_piece is not None:
+            on_piece(evaluate(carry.opt_state, carry.params))
     seconds = time.perf_counter() - began
 
-    params = jax.jit(jax.vmap(flatopt.eval_params))(carry.opt_state, carry.params)
+    params = evaluate(carry.opt_state, carry.params)
     return Trained(params, seconds, compile_seconds)
 
 
-def _chunk_size(steps: int) -> int:
-    """The length of the pieces: the largest number of equal ones up to `MAX_CHUNKS`."""
-    return steps // max(n for n in range(1, MAX_CHUNKS + 1) if steps % n == 0)
+def _chunk_size(steps: int, most: int) -> int:
+    """The length of the pieces: the largest number of equal ones up to `most`."""
+    return steps // max(n for n in range(1, most + 1) if steps % n == 0)
 
 
 def count_gradients(tx: optax.GradientTransformation, steps: int) -> int:
