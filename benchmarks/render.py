@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import local_entropy
+from examples import perceptron
 from examples.report import Estimate
 
 ROOT = Path(__file__).parent.parent
@@ -79,9 +81,19 @@ def _step_time(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _local_entropy(results: dict[str, Any]) -> list[str]:
+    return local_entropy.table(results["results"]).splitlines()
+
+
+def _perceptron(results: dict[str, Any]) -> list[str]:
+    return perceptron.table(results["arms"]).splitlines()
+
+
 _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "batch_norm_compare": _batch_norm,
     "compare": _compare,
+    "local_entropy": _local_entropy,
+    "perceptron": _perceptron,
     "step_time": _step_time,
 }
 
@@ -92,9 +104,9 @@ def _pm(mean: float, error: float, form: str) -> str:
 
 def _provenance(name: str, up: str, results: dict[str, Any]) -> str:
     """One line: where the numbers are and how they were made."""
-    settings, versions = results["settings"], results["versions"]
-    machine = results["machine"]
-    seeds = f"seeds 0 to {settings['seeds'] - 1}, " if "seeds" in settings else ""
+    machine, versions = results["machine"], results["versions"]
+    seeds = results.get("seeds") or range(results.get("settings", {}).get("seeds", 0))
+    seeds = f"seeds {seeds[0]} to {seeds[-1]}, " if seeds else ""
     return (
         f"[{name}.json]({up}benchmarks/results/{name}.json): {seeds}{machine['cpus']} CPUs, "
         f"{machine['device']}, jax {versions['jax']}, optax {versions['optax']}; "

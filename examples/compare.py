@@ -6,11 +6,8 @@ Run it with `python -m examples.compare`; `--help` lists the flags.
 import argparse
 import contextlib
 import json
-import os
-import platform
 import sys
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 import flatopt
-from examples import arguments, batch_norm, datasets, picture, report, training
+from examples import arguments, batch_norm, datasets, picture, provenance, report, training
 from examples.methods import BASELINE, METHODS, Method, Setting
 from examples.models.mlp import MLP
 
@@ -32,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, dataset = arguments.parse(command)
     arms = compare(args, dataset)
     second = _second_table(args, dataset)
-    baseline, machine = arms[0], _machine()
+    baseline, machine = arms[0], provenance.machine()
     print(report.table(arms, baseline))
     print()
     print(report.verdict(arms, baseline))
@@ -44,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = {
         "command": ["python", "-m", "examples.compare", *command],
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "versions": _versions(),
+        "versions": provenance.versions(),
         "machine": machine,
         "line_positions": training.LINE_POSITIONS.tolist(),
         "arms": report.to_json(arms, baseline),
@@ -90,7 +87,9 @@ def compare(args: argparse.Namespace, dataset: datasets.Dataset) -> list[report.
             bar.set_description(plan.method.name)
             tx = plan.method.build(_setting(args, plan.steps))
             first = datasets.Batches(*(part[: plan.steps] for part in batches))
-            trained = training.train(task, tx, first, bar.update)
+            trained = training.train(
+                task, tx, first, bar.update, fresh_batches=plan.method.fresh_batches
+            )
             scores = jax.tree.map(np.asarray, task.score(trained.params))
             return report.Arm(
                 method=plan.method.name,
@@ -152,21 +151,6 @@ def _whole_file(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _versions() -> dict[str, str]:
-    packages = ("jax", "jaxlib", "optax", "flax", "numpy")
-    versions = {name: metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), "flatopt": flatopt.__version__, **versions}
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "backend": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
-    }
 
 
 def _notes(arms: Sequence[report.Arm], args: argparse.Namespace, machine: dict[str, Any]) -> str:

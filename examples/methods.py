@@ -22,6 +22,15 @@ WSAM_GAMMA = 0.8
 LOOKSAM_EVERY, LOOKSAM_ALPHA = 5, 0.2
 RWP_STD = 0.01
 
+# Entropy-SGD in the form that wastes no gradient: an update of as many gradients as steps. The loop
+# has no momentum, and makes up for it by a larger share of the learning rate.
+ENTROPY_STEPS = 5
+ENTROPY_GAMMA = 0.01
+ENTROPY_RATE = 6.0
+REPLICAS = 3
+REPLICA_STRENGTH = (0.001, 0.1)  # From the first step to the last.
+REPLICA_STD = 0.02
+
 # Averages take the last quarter of the run, one model an epoch.
 AVERAGE_FROM = 0.75
 # SWA needs weights that keep moving: its learning rate falls to this share, then stays there.
@@ -62,12 +71,14 @@ class Method:
       build: makes the optimiser.
       about: one line for `--help`.
       default: whether it runs when the command line names no methods.
+      fresh_batches: whether extra gradients are taken on batches of their own.
     """
 
     name: str
     build: Callable[[Setting], optax.GradientTransformation]
     about: str
     default: bool = True
+    fresh_batches: bool = False
 
 
 def _sgd(setting: Setting) -> optax.GradientTransformation:
@@ -157,6 +168,22 @@ def _wasam(setting: Setting) -> optax.GradientTransformation:
     )
 
 
+def _entropy_sgd(setting: Setting) -> optax.GradientTransformation:
+    inner = flatopt.local_entropy(
+        ENTROPY_STEPS,
+        ENTROPY_GAMMA,
+        inner_learning_rate=optax.cosine_decay_schedule(
+            ENTROPY_RATE * setting.learning_rate, setting.steps
+        ),
+    )
+    return optax.chain(inner, optax.sgd(1.0))  # To the mean of the loop.
+
+
+def _replicated_sgd(setting: Setting) -> optax.GradientTransformation:
+    strength = flatopt.strength_schedule("exponential", *REPLICA_STRENGTH, setting.steps)
+    return flatopt.replicated_sgd(_sgd(setting), REPLICAS, strength, std=REPLICA_STD)
+
+
 BASELINE = "sgd"
 
 METHODS: dict[str, Method] = {
@@ -210,5 +237,17 @@ METHODS: dict[str, Method] = {
         ),
         Method("pswa", _pswa, "periodic SWA: as swa, with three or four restarts", default=False),
         Method("gadam", _gadam, f"AdamW, decay {GADAM_DECAY}, averaged as swa", default=False),
+        Method(
+            "entropy_sgd",
+            _entropy_sgd,
+            f"local entropy, {ENTROPY_STEPS} inner steps, gamma {ENTROPY_GAMMA}",
+            fresh_batches=True,
+        ),
+        Method(
+            "replicated_sgd",
+            _replicated_sgd,
+            f"{REPLICAS} replicas on batches of their own, evaluated at their barycentre",
+            fresh_batches=True,
+        ),
     )
 }

@@ -1,6 +1,5 @@
 """The training loop: one compiled `lax.scan`, all seeds at once under `vmap`."""
 
-import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -126,12 +125,18 @@ class Task:
 
 
 def step(
-    tx: optax.GradientTransformationExtraArgs, grad_fn: Callable[..., Any], carry: Carry
+    tx: optax.GradientTransformationExtraArgs,
+    grad_fn: Callable[..., Any],
+    carry: Carry,
+    extra_grad_fn: Callable[..., Any] | None = None,
 ) -> Carry:
-    """One update. `grad_fn` is the only way to the loss, so counting its calls counts gradients."""
+    """One update. `grad_fn` is the only way to the loss, so counting its calls counts gradients.
+
+    With `extra_grad_fn` the gradients that the optimiser asks for come from there.
+    """
     params, opt_state = carry
     grads = grad_fn(params, 0)
-    updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
+    updates, opt_state = tx.update(grads, opt_state, params, grad_fn=extra_grad_fn or grad_fn)
     return Carry(optax.apply_updates(params, updates), opt_state)
 
 
@@ -140,6 +145,9 @@ def train(
     tx: optax.GradientTransformation,
     batches: Batches,
     on_progress: Callable[[int], object] | None = None,
+    fresh_batches: bool = False,
+    pieces: int = MAX_CHUNKS,
+    on_piece: Callable[[Any], object] | None = None,
 ) -> Trained:
     """Trains one network a seed.
 
@@ -148,47 +156,71 @@ def train(
       tx: any optax optimiser.
       batches: what to train on, step by step.
       on_progress: called now and then with the number of steps done since the last call.
+      fresh_batches: whether the optimiser's extra gradients are taken on batches of their own,
+        drawn with replacement from the seed's training images, instead of on the step's batch.
+      pieces: the run is cut into so many equal pieces of one program, or fewer.
+      on_piece: called with the weights to evaluate after each piece.
     """
     tx = optax.with_extra_args_support(tx)
 
-    def run(carry: Carry, images: jax.Array, batches: Batches) -> Carry:
-        def step_of_seed(carry: Carry, batch: Batches) -> Carry:
-            x = task.inputs(images[batch.rows])
-            return step(tx, flatopt.make_grad_fn(task.loss, x, batch.labels), carry)
+    def run(
+        carry: Carry, images: jax.Array, batches: Batches, numbers: jax.Array, split: Split
+    ) -> Carry:
+        def step_of_seed(
+            carry: Carry, batch: Batches, own: Split, key: jax.Array, number: jax.Array
+        ) -> Carry:
+            def grad_fn(rows: Array, labels: Array) -> flatopt.GradFn:
+                return flatopt.make_grad_fn(task.loss, task.inputs(images[rows]), labels)
 
-        def step_of_all(carry: Carry, batch: Batches) -> tuple[Carry, None]:
-            return jax.vmap(step_of_seed)(carry, batch), None
+            def extra_grad_fn(params: Any, i: jax.typing.ArrayLike) -> Any:
+                draw = jax.random.fold_in(jax.random.fold_in(key, number), i)
+                places = jax.random.randint(draw, batch.rows.shape, 0, len(own.train_rows))
+                return grad_fn(own.train_rows[places], own.train_labels[places])(params)
 
-        return jax.lax.scan(step_of_all, carry, batches)[0]
+            extra = extra_grad_fn if fresh_batches else None
+            return step(tx, grad_fn(batch.rows, batch.labels), carry, extra)
+
+        def step_of_all(carry: Carry, scanned: tuple[Batches, jax.Array]) -> tuple[Carry, None]:
+            batch, number = scanned
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, 3))(task.keys)
+            mapped = jax.vmap(step_of_seed, in_axes=(0, 0, 0, 0, None))
+            return mapped(carry, batch, split, keys, number), None
+
+        return jax.lax.scan(step_of_all, carry, (batches, numbers))[0]
 
     params = task.initial_params
     carry = Carry(params, jax.jit(jax.vmap(tx.init))(params))
     steps = len(batches.rows)
-    size = _chunk_size(steps)
+    size = _chunk_size(steps, pieces)
     chunks = [
         Batches(jnp.asarray(batches.rows[i : i + size]), jnp.asarray(batches.labels[i : i + size]))
         for i in range(0, steps, size)
     ]
 
+    evaluate = jax.jit(jax.vmap(flatopt.eval_params))
+    numbers = jnp.arange(steps).reshape(-1, size)
+
     began = time.perf_counter()
-    compiled = jax.jit(run).lower(carry, task.images, chunks[0]).compile()
+    compiled = jax.jit(run).lower(carry, task.images, chunks[0], numbers[0], task.split).compile()
     compile_seconds = time.perf_counter() - began
 
     jax.block_until_ready((carry, chunks))
     began = time.perf_counter()
-    for chunk in chunks:
-        carry = jax.block_until_ready(compiled(carry, task.images, chunk))
+    for chunk, own_numbers in zip(chunks, numbers, strict=True):
+        carry = jax.block_until_ready(compiled(carry, task.images, chunk, own_numbers, task.split))
         if on_progress is not None:
             on_progress(size)
+        if on_piece is not None:
+            on_piece(evaluate(carry.opt_state, carry.params))
     seconds = time.perf_counter() - began
 
-    params = jax.jit(jax.vmap(flatopt.eval_params))(carry.opt_state, carry.params)
+    params = evaluate(carry.opt_state, carry.params)
     return Trained(params, seconds, compile_seconds)
 
 
-def _chunk_size(steps: int) -> int:
-    """The length of the pieces: the largest number of equal ones up to `MAX_CHUNKS`."""
-    return steps // max(n for n in range(1, MAX_CHUNKS + 1) if steps % n == 0)
+def _chunk_size(steps: int, most: int) -> int:
+    """The length of the pieces: the largest number of equal ones up to `most`."""
+    return steps // max(n for n in range(1, most + 1) if steps % n == 0)
 
 
 def count_gradients(tx: optax.GradientTransformation, steps: int) -> int:
@@ -200,9 +232,12 @@ def count_gradients(tx: optax.GradientTransformation, steps: int) -> int:
     tx = optax.with_extra_args_support(tx)
     counter = itertools.count()
 
+    def count(_: Any) -> None:
+        next(counter)
+
     def grad_fn(params: Any, i: jax.typing.ArrayLike) -> Any:
-        del i
-        jax.debug.callback(functools.partial(next, counter))
+        # With its number as argument, mapped over replicas it is called once for each.
+        jax.debug.callback(count, i)
         return params
 
     def one(carry: Carry, _: None) -> tuple[Carry, None]:

@@ -42,8 +42,7 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
       Costs no gradient. Pure: works under `jax.jit`; under `jax.vmap` over replicas, vmap it too.
     """
     holders = [s for s in jax.tree.leaves(opt_state, is_leaf=_holds_params) if _holds_params(s)]
-    # One level deeper, from the weights that this level gives: a tuple holds nothing itself.
-    found = [eval_params(tuple(h), h.eval_params(params)) for h in holders]
+    found = [_search(h, h.eval_params(params)) for h in holders]
 
     def pick(own: jax.Array, *candidates: jax.Array) -> jax.Array:
         better = [c for c in candidates if c is not own]
@@ -57,6 +56,13 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
         return better[0] if better else own
 
     return jax.tree.map(pick, params, *found)
+
+
+def _search(holder: Any, params: optax.Params) -> optax.Params:
+    """One level deeper, from the weights that `holder` gives, unless it has looked there itself."""
+    if getattr(holder, "eval_params_is_complete", False):
+        return params
+    return eval_params(tuple(holder), params)  # A tuple holds nothing itself.
 
 
 def _holds_params(state: Any) -> bool:

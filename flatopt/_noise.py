@@ -90,11 +90,7 @@ def standard_normal(key: _random.KeyLike) -> optax.GradientTransformationExtraAr
     ) -> tuple[optax.Updates, NoiseState]:
         del params, extra_args
         keep, use = _random.split(state.key)
-        draws = jax.tree.map(
-            lambda g, k: jax.random.normal(k, g.shape, _drawn_dtype(g)).astype(g.dtype),
-            updates,
-            _random.split_like(use, updates),
-        )
+        draws = optax.tree.cast_like(_random.normal_like(use, updates), updates)
         return draws, NoiseState(keep)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -298,11 +294,6 @@ class AdaptiveFilterNoise:
         displacement = jax.tree.map(leaf, draws, params, state.fisher)
         number = optax.safe_increment(state.step)
         return displacement, AdaptiveFilterNoiseState(number, noise_state, state.fisher)
-
-
-def _drawn_dtype(x: jax.Array) -> Any:
-    """Draws are in single precision whatever the dtype, so that they do not depend on it."""
-    return jnp.complex64 if jnp.issubdtype(x.dtype, jnp.complexfloating) else jnp.float32
 
 
 def _filter_squares(x: jax.Array, filter_axis: int | None) -> jax.Array:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 KeyLike = Any  # An int seed, a typed key, or raw uint32 key data.
 
@@ -34,3 +35,17 @@ def split_like(key: jax.Array, tree: Any) -> Any:
     return jax.tree.unflatten(
         structure, list(jax.random.split(key, max(len(leaves), 1)))[: len(leaves)]
     )
+
+
+def normal_like(key: jax.Array, tree: Any) -> Any:
+    """Standard normal draws, one an entry: in float32 or complex64 whatever the precision.
+
+    So a run in float64 sees the noise that the same run in float32 sees.
+    """
+
+    def draw(key: jax.Array, shape: Any, dtype: Any, out_sharding: Any) -> jax.Array:
+        real = not jnp.issubdtype(dtype, jnp.complexfloating)
+        dtype = jnp.float32 if real else jnp.complex64
+        return jax.random.normal(key, shape, dtype, out_sharding=out_sharding)
+
+    return optax.tree.random_like(key, tree, draw)

@@ -43,6 +43,12 @@ def norm(tree: Any) -> jax.Array:
     return jnp.sqrt(vdot(tree, tree))
 
 
+def ratio_or_zero(numerator: Any, denominator: jax.Array) -> jax.Array:
+    """`numerator / denominator`, or zero where the denominator (never negative) is zero."""
+    positive = denominator > 0
+    return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), 0)
+
+
 def scale(scalar: Any, tree: Any) -> Any:
     """`scalar * tree`, each leaf in its own dtype."""
     return jax.tree.map(lambda x: (scalar * x).astype(x.dtype), tree)

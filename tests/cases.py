@@ -147,6 +147,23 @@ CASES = [
     Case("esam", "stage", {"rho": 0.05, "beta": 0.5}, "rho", 0.0, extra_evaluations=10),
     Case("rwp", "stage", {"std": 0.1, "every": 2}, "std", 0.0, extra_evaluations=5),
     Case("arwp", "stage", {"std": 0.1, "eta": 1.0, "decay": 0.9}, "std", 0.0, extra_evaluations=10, copies=0.01),
+    # local entropy
+    Case("langevin", "wrapper", {"learning_rate": 0.05, "temperature": 1e-4}, "temperature", copies=-1),
+    Case("local_entropy", "stage", {"num_steps": 4, "gamma": 0.5, "noise": 0.01}, "gamma", extra_evaluations=30),
+    Case("local_entropy", "stage", {"num_steps": 4, "gamma": 0.5, "momentum": 0.5, "initial_gradient": False, "scale_by_gamma": True}, "gamma", extra_evaluations=40, variant="all"),
+    Case("local_entropy", "stage", {"num_steps": 0, "gamma": 0.5}, variant="no_steps"),
+    Case("local_entropy", "stage", {"num_steps": 1, "gamma": 0.5, "inner_learning_rate": 0.2}, "inner_learning_rate", variant="one_step"),
+    Case("entropy_sgd", "wrapper", {"learning_rate": 0.1, "num_steps": 4, "gamma": 0.5, "inner_momentum": 0.5}, "learning_rate", extra_evaluations=40),
+    Case("entropy_sgd", "wrapper", {"learning_rate": 0.5, "num_steps": 4, "gamma": 0.5, "form": "lua"}, "gamma", extra_evaluations=40, copies=-1, variant="lua"),
+    Case("entropy_sgd", "wrapper", {"learning_rate": 0.2, "num_steps": 4, "gamma": 0.5, "form": "pittorino"}, "gamma", extra_evaluations=30, variant="pittorino"),
+    # replicas; the axis name () makes a single one
+    Case("couple_replicas", "stage", {"strength": 0.5, "axis_name": ()}),
+    Case("couple_replicas", "stage", {"strength": 0.5, "axis_name": (), "every": 2}, variant="every"),
+    Case("parle", "wrapper", {"learning_rate": 0.05, "gamma": 0.1, "rho": 0.1, "every": 3, "axis_name": ()}, "gamma", copies=3),
+    Case("gossip", "wrapper", {"optimizer": sgd(), "mixing": "full", "axis_name": ()}),
+    Case("hold_replicas", "wrapper", {"optimizer": sgd(), "number": 1}),
+    Case("hold_replicas", "wrapper", {"optimizer": optax.chain(flatopt.sam(0.05), sgd()), "number": 2, "std": 0.1}, extra_evaluations=30, copies=2, variant="sam"),
+    Case("replicated_sgd", "wrapper", {"optimizer": sgd(), "number": 3, "strength": 0.5, "std": 0.1}, "strength", extra_evaluations=20, copies=4),
     # wrappers
     Case("wsam", "wrapper", {"optimizer": sgd(), "learning_rate": LEARNING_RATE, "rho": 0.05, "gamma": 0.8}, "rho", 0.0, extra_evaluations=10),
     Case("wsam", "wrapper", {"optimizer": sgd(), "learning_rate": LEARNING_RATE, "rho": 0.05, "gamma": 0.5, "decouple": False, "max_norm": 10.0}, "rho", 0.0, extra_evaluations=10, variant="coupled"),

@@ -16,10 +16,13 @@ FLOORS = [
     ["_tree", "_checks", "_random", "_base", "_functional", "_selection", "_schedules", "_ring"],
     ["_mean"],
     ["_perturbations", "_directions", "_noise", "_sparse", "_combiners", "_eval"],
+    ["_langevin", "_replicas"],
     ["_merge", "_inner_state", "_batch_stats"],
     ["_gradient_at", "_reuse_direction", "_arwp", "_hold", "_sampa", "_alternate", "_average"],
     ["_snapshots", "_swag", "_lookahead", "_periodic_swa"],
+    ["_local_entropy", "_hold_replicas", "_parle", "_gossip"],
     ["_methods", "_mixed_gradients", "_directed", "_partial", "_gadam", "_ensemble"],
+    ["_entropy_sgd", "_replicated", "samplers"],
     ["linen", "nnx"],
 ]
 # On the lowest floor the checks use the tree helpers, and others use both.

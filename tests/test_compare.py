@@ -402,8 +402,7 @@ def _count_without_jit(tx, steps):
     tx = optax.with_extra_args_support(tx)
 
     def grad_fn(params, i):
-        del i
-        next(counter)
+        jax.debug.callback(lambda _: next(counter), i)  # Once for each of mapped replicas.
         return params
 
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
@@ -411,6 +410,7 @@ def _count_without_jit(tx, steps):
     with jax.disable_jit():
         for _ in range(steps):
             carry = training.step(tx, grad_fn, carry)
+    jax.effects_barrier()
     return next(counter)
 
 
@@ -420,6 +420,26 @@ def test_gradient_evaluations_are_those_that_happen(name):
     count = training.count_gradients(tx, STEPS)
     assert count == _count_without_jit(tx, STEPS)
     assert count >= STEPS
+
+
+def test_entropy_sgd_and_replicated_sgd_cost_their_steps_and_replicas():
+    setting = methods.Setting(STEPS, 4, 0.1)
+    for name, each in (("entropy_sgd", methods.ENTROPY_STEPS), ("replicated_sgd", 3)):
+        tx = methods.METHODS[name].build(setting)
+        assert training.count_gradients(tx, STEPS) == each * STEPS
+
+
+def test_fresh_batches_are_drawn_for_extra_gradients_only():
+    """SGD takes none, and is the same; SAM's second gradient then is of another batch."""
+    dataset = datasets.load("digits", None)
+    split = datasets.split(dataset, [0, 1], 40)
+    batches = datasets.batches(split, [0, 1], 5, 8)
+    task = training.Task(compare.MLP(), dataset, split, [0, 1])
+    sam = optax.chain(flatopt.sam(0.2), optax.sgd(0.1))
+    for tx, equal in ((optax.sgd(0.1), True), (sam, False)):
+        runs = [training.train(task, tx, batches, fresh_batches=fresh) for fresh in (False, True)]
+        one, two = (run.params["params"]["Dense_0"]["kernel"] for run in runs)
+        assert bool((one == two).all()) == equal
 
 
 def test_branches_not_taken_are_not_counted():

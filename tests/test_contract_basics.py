@@ -10,6 +10,8 @@ import flatopt
 from tests import cases
 from tests.cases import Case
 
+NEED_NO_PARAMS = {"msam", "langevin"}
+
 
 def test_every_public_factory_has_a_case():
     assert set(cases.public_factories()) == {case.factory for case in cases.CASES}
@@ -94,7 +96,7 @@ def test_grad_fn_that_is_no_function_raises(case: Case):
         tx.update(params, tx.init(params), params, grad_fn=params)
 
 
-@pytest.mark.parametrize("case", cases.cases(needs=lambda c: c.factory != "msam"))
+@pytest.mark.parametrize("case", cases.cases(needs=lambda c: c.factory not in NEED_NO_PARAMS))
 def test_missing_params_raise(case: Case):
     tx, params = case.build(), cases.init_params()
     with pytest.raises(ValueError, match="`params` as third argument"):

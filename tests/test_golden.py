@@ -11,7 +11,13 @@ import pathlib
 import jax
 import pytest
 
-from tests import golden_averages, golden_sam, golden_sam_family, golden_slow_weights
+from tests import (
+    golden_averages,
+    golden_entropy,
+    golden_sam,
+    golden_sam_family,
+    golden_slow_weights,
+)
 from tests.golden_problems import load
 
 _DEFAULT = pathlib.Path(__file__).parent / "golden"
@@ -22,6 +28,7 @@ ADAPTERS = (
     | golden_sam_family.ADAPTERS
     | golden_averages.ADAPTERS
     | golden_slow_weights.ADAPTERS
+    | golden_entropy.ADAPTERS
 )
 
 
