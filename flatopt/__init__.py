@@ -1,5 +1,6 @@
 """flatopt: flat minima for JAX, as composable optax transformations."""
 
+from flatopt import curves as curves
 from flatopt import measures as measures
 from flatopt._average import AverageState as AverageState
 from flatopt._average import params_ema as params_ema

@@ -4,6 +4,7 @@ import math
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -68,6 +69,20 @@ def is_zero(value: optax.ScalarOrSchedule) -> bool:
     """Whether `value` is a number known to be zero now: not a schedule, not a traced array."""
     return (
         not callable(value) and not isinstance(value, jax.core.Tracer) and bool(np.all(value == 0))
+    )
+
+
+def as_key(key: jax.typing.ArrayLike) -> jax.Array:
+    """A typed random key from a typed or raw key or an integer seed."""
+    array = jnp.asarray(key)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return array
+    if array.ndim == 0 and jnp.issubdtype(array.dtype, jnp.integer):
+        return jax.random.key(array)
+    if array.dtype == jnp.uint32 and array.ndim == 1:
+        return jax.random.wrap_key_data(array)
+    raise ValueError(
+        f"key={key!r} must be an integer seed, jax.random.key(seed), or raw key data (uint32)."
     )
 
 

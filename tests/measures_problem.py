@@ -88,4 +88,4 @@ def quadratic(eigenvalues: Any, seed: int = 0) -> tuple[Any, np.ndarray, Any]:
         w = jnp.concatenate([p["a"], p["b"]])
         return 0.5 * w @ jnp.asarray(matrix, w.dtype) @ w
 
-    return loss, matrix, {"a": jnp.zeros(n // 3), "b": jnp.zeros(n - n // 3)}
+    return loss, matrix, {"a": np.zeros(n // 3), "b": np.zeros(n - n // 3)}

@@ -11,13 +11,13 @@ import pathlib
 import jax
 import pytest
 
-from tests import golden_averages, golden_sam
+from tests import golden_averages, golden_curves, golden_sam
 from tests.golden_problems import load
 
 _DEFAULT = pathlib.Path(__file__).parent / "golden"
 FOLDER = pathlib.Path(os.environ.get("FLATOPT_GOLDEN_DIR", _DEFAULT))
 FILES = sorted(FOLDER.glob("*.npz"))
-ADAPTERS = golden_sam.ADAPTERS | golden_averages.ADAPTERS
+ADAPTERS = golden_sam.ADAPTERS | golden_averages.ADAPTERS | golden_curves.ADAPTERS
 
 
 def test_the_folder_holds_files() -> None:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _checks
-from flatopt.measures import _batches, _variables
+from flatopt import _batches, _checks
+from flatopt.measures import _variables
 from flatopt.measures._variables import Variables
 
 

@@ -125,20 +125,6 @@ def orthonormalise(vectors: Vector, key: jax.Array) -> tuple[Vector, jax.Array]:
     return jax.lax.fori_loop(0, number, one, start)
 
 
-def as_key(key: jax.typing.ArrayLike) -> jax.Array:
-    """A typed random key from a typed or raw key or an integer seed."""
-    array = jnp.asarray(key)
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        return array
-    if array.ndim == 0 and jnp.issubdtype(array.dtype, jnp.integer):
-        return jax.random.key(array)
-    if array.dtype == jnp.uint32 and array.ndim == 1:
-        return jax.random.wrap_key_data(array)
-    raise ValueError(
-        f"key={key!r} must be an integer seed, jax.random.key(seed), or raw key data (uint32)."
-    )
-
-
 def check_at_most_dimension(name: str, value: int, size: int) -> None:
     """Raises if `value` directions are asked of a space with fewer."""
     _checks.check_count(name, value, 1)

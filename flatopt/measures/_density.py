@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _checks
-from flatopt.measures import _basis, _batches, _lanczos, _products
+from flatopt import _batches, _checks
+from flatopt.measures import _basis, _lanczos, _products
 from flatopt.measures._products import GaussNewtonProduct, HessianProduct
 from flatopt.measures._variables import Mask, dimension
 
@@ -168,4 +168,4 @@ def spectral_density(
     if width is not None and not width > 0:
         raise ValueError(f"width={width!r} is out of range: it must be above 0.")
     algorithm = _Density(product, probes, steps, grid_size, width)
-    return _batches.run(algorithm, params, batches, _basis.as_key(key))
+    return _batches.run(algorithm, params, batches, _checks.as_key(key))

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt.measures import _barrier, _batches, _symmetry, _variables
+from flatopt import _batches
+from flatopt.measures import _barrier, _symmetry, _variables
 from flatopt.measures._barrier import Barrier
 from flatopt.measures._symmetry import Units
 
@@ -45,7 +46,7 @@ def geodesic(
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> from flatopt import measures
+      >>> from flatopt import _batches, measures
       >>> def network(a, b):
       ...     return {"a": {"kernel": jnp.array(a)[:, None]}, "b": {"kernel": jnp.array([[b]])}}
       >>> first, second = network([1.0, 0.0], 2.0), network([0.0, 1.0], 4.0)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _checks, _tree
-from flatopt.measures import _basis, _batches, _results, _variables
+from flatopt import _batches, _checks, _tree
+from flatopt.measures import _results, _variables
 from flatopt.measures._results import Estimate
 from flatopt.measures._variables import Mask, Variables
 
@@ -175,7 +175,7 @@ def fisher_trace(
         raise ValueError("fisher_trace needs batches: it takes a gradient for each example.")
     function = _FisherBatch(model_fn, variables, labels)
     algorithm = _FisherTrace(function, 1 if labels is not None else num_samples)
-    result = _results.estimate(_batches.run(algorithm, params, batches, _basis.as_key(key)))
+    result = _results.estimate(_batches.run(algorithm, params, batches, _checks.as_key(key)))
     if labels is None:
         return result
     return Estimate(result.value, jnp.zeros_like(result.value))

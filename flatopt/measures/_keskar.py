@@ -11,8 +11,8 @@ import optax
 import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
-from flatopt import _checks, _tree
-from flatopt.measures import _basis, _batches, _variables
+from flatopt import _batches, _checks, _tree
+from flatopt.measures import _basis, _variables
 from flatopt.measures._variables import Mask, Variables, Vector
 
 METHODS = ("l-bfgs-b", "projected")
@@ -130,7 +130,7 @@ def keskar_sharpness(
     if method not in METHODS:
         raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}.")
     variables = _variables.prepare(loss_fn, params, batches, mask)
-    random_key = _basis.as_key(key)
+    random_key = _checks.as_key(key)
     if method == "projected":
         ascent = _ProjectedAscent(loss_fn, variables, num_steps)
         return _batches.run(ascent, params, batches, jnp.asarray(epsilon), random_key)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _checks, _tree
-from flatopt.measures import _basis, _batches, _products
+from flatopt import _batches, _checks, _tree
+from flatopt.measures import _basis, _products
 from flatopt.measures._basis import TINY
 from flatopt.measures._products import GaussNewtonProduct, HessianProduct
 from flatopt.measures._variables import Mask, Vector, dimension
@@ -245,4 +245,4 @@ def top_eigenvalues(
         raise ValueError(f"which={which!r} must be one of {', '.join(WHICH)}.")
     steps = min(size, 4 * k + 40 if num_steps is None else num_steps)
     algorithm = _TopEigenvalues(product, k, steps, float(tolerance), which, size)
-    return _batches.run(algorithm, params, batches, _basis.as_key(key))
+    return _batches.run(algorithm, params, batches, _checks.as_key(key))

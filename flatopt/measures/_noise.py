@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flatopt import _checks
-from flatopt.measures import _basis, _batches, _results, _variables
+from flatopt import _batches, _checks
+from flatopt.measures import _basis, _results, _variables
 from flatopt.measures._results import Estimate
 from flatopt.measures._variables import Mask, Variables
 
@@ -141,7 +141,7 @@ def local_energy(
     _checks.check_count("num_samples", num_samples, 1)
     variables = _variables.prepare(error_fn, params, batches, mask)
     algorithm = _Rises(error_fn, variables, num_samples, True)
-    rises, error = _batches.run(algorithm, params, batches, sizes, _basis.as_key(key))
+    rises, error = _batches.run(algorithm, params, batches, sizes, _checks.as_key(key))
     return LocalEnergy(sizes, *_results.estimate(rises), error)
 
 
@@ -242,7 +242,7 @@ def pac_bayes_sigma(
     rises = _Rises(loss_fn, variables, num_samples, multiplicative)
     inputs = (jnp.asarray(target), jnp.asarray(array, jnp.result_type(float)))
     algorithm = _LargestSigma(rises, num_halvings)
-    return _batches.run(algorithm, params, batches, *inputs, _basis.as_key(key))
+    return _batches.run(algorithm, params, batches, *inputs, _checks.as_key(key))
 
 
 class LocalEntropy(NamedTuple):
@@ -317,7 +317,7 @@ def local_entropy_estimate(
     variables = _variables.prepare(loss_fn, params, batches, mask)
     algorithm = _Rises(loss_fn, variables, num_samples, False)
     sigma = jnp.asarray(1 / jnp.sqrt(gamma), jnp.result_type(float))[None]
-    rises, loss = _batches.run(algorithm, params, batches, sigma, _basis.as_key(key))
+    rises, loss = _batches.run(algorithm, params, batches, sigma, _checks.as_key(key))
     strength = jnp.asarray(beta)
     exponents = -strength * rises[:, 0]
     largest = jnp.max(exponents)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt.measures import _batches, _variables
+from flatopt import _batches
+from flatopt.measures import _variables
 from flatopt.measures._variables import Mask, Variables, Vector
 
 OutputLoss = str | Callable[..., jax.Array]
@@ -146,7 +147,7 @@ def hessian_vector_product(
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> from flatopt import measures
+      >>> from flatopt import _batches, measures
       >>> def loss_fn(w, x):
       ...     return 0.5 * jnp.sum(x * w**2)
       >>> batches = jnp.array([[1.0, 2.0], [3.0, 4.0]])

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _checks, _tree
-from flatopt.measures import _basis, _batches, _results, _variables
+from flatopt import _batches, _checks, _tree
+from flatopt.measures import _basis, _results, _variables
 from flatopt.measures._results import Estimate
 from flatopt.measures._variables import Mask, Variables, Vector
 
@@ -200,7 +200,7 @@ def sam_sharpness(
     _checks.check_count("num_steps", num_steps, 1)
     variables = _variables.prepare(loss_fn, params, batches, mask)
     ascent = _Ascent(loss_fn, variables, num_steps, "l2", False, key is not None, per_batch)
-    random_key = _basis.as_key(0 if key is None else key)
+    random_key = _checks.as_key(0 if key is None else key)
     return _batches.run(ascent, params, batches, jnp.asarray(rho), jnp.zeros([]), random_key)
 
 
@@ -280,7 +280,7 @@ def adaptive_sharpness(
     _checks.check_count("num_steps", num_steps, 1)
     _checks.check_count("num_samples", num_samples, 1)
     variables = _variables.prepare(loss_fn, params, batches, mask)
-    random_key = _basis.as_key(0 if key is None else key)
+    random_key = _checks.as_key(0 if key is None else key)
     inputs = (jnp.asarray(rho), jnp.asarray(eta), random_key)
     if case == "average":
         average = _Average(loss_fn, variables, num_samples, norm)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _tree
-from flatopt.measures import _batches, _variables
+from flatopt import _batches, _tree
+from flatopt.measures import _variables
 
 FEWEST = 4  # The unbiased estimate divides by n - 3.
 

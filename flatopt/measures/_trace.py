@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _checks, _tree
-from flatopt.measures import _basis, _batches, _products, _results
+from flatopt import _batches, _checks, _tree
+from flatopt.measures import _basis, _products, _results
 from flatopt.measures._products import GaussNewtonProduct, HessianProduct
 from flatopt.measures._variables import Mask, Vector, dimension
 
@@ -193,5 +193,5 @@ def trace(
             f"num_products={num_products} is out of range for {method}: {each * size} products "
             f"are exact for {size} parameters."
         )
-    samples = _batches.run(_Trace(product, method, draws), params, batches, _basis.as_key(key))
+    samples = _batches.run(_Trace(product, method, draws), params, batches, _checks.as_key(key))
     return Trace(*_results.estimate(samples), samples, draws * each)

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _tree
-from flatopt.measures import _batches
+from flatopt import _batches, _tree
 
 Vector = tuple[jax.Array, ...]  # The varied leaves alone, in float32 at least.
 Mask = Any
@@ -153,7 +152,7 @@ def check_evaluates(
     batch = _batches.first_batch(batches)
     try:
         return jax.eval_shape(function, params, *batch)
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, IndexError, KeyError) as error:
         shapes = ", ".join(str(x.shape) for x in jax.tree.leaves(batch)) or "no data"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
