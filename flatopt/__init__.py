@@ -1,6 +1,7 @@
 """flatopt: flat minima for JAX, as composable optax transformations."""
 
 from flatopt import curves as curves
+from flatopt import landscape as landscape
 from flatopt import measures as measures
 from flatopt._average import AverageState as AverageState
 from flatopt._average import params_ema as params_ema
