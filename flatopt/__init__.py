@@ -18,6 +18,14 @@ from flatopt._hold import msam as msam
 from flatopt._methods import asam as asam
 from flatopt._methods import sam as sam
 from flatopt._methods import wasam as wasam
+from flatopt._monitor import CosineState as CosineState
+from flatopt._monitor import DistanceState as DistanceState
+from flatopt._monitor import GradientNormState as GradientNormState
+from flatopt._monitor import SharpnessState as SharpnessState
+from flatopt._monitor import record_cosine as record_cosine
+from flatopt._monitor import record_distance as record_distance
+from flatopt._monitor import record_gradient_norm as record_gradient_norm
+from flatopt._monitor import record_sharpness as record_sharpness
 from flatopt._perturbations import PerturbationState as PerturbationState
 from flatopt._perturbations import mask_displacement as mask_displacement
 from flatopt._perturbations import scale_to_adaptive_norm as scale_to_adaptive_norm

@@ -29,6 +29,8 @@ def _complete(kind: str, tx: optax.GradientTransformation) -> optax.GradientTran
             return optax.chain(
                 flatopt.gradient_at(optax.chain(tx, flatopt.scale_to_norm(0.05))), sgd()
             )
+        case "combiner":
+            return optax.chain(flatopt.gradient_at(flatopt.scale_to_norm(0.05), combiner=tx), sgd())
         case "stage":
             return optax.chain(tx, sgd())
         case "average":
@@ -44,7 +46,8 @@ class Case:
 
     Attributes:
       factory: its public name.
-      kind: perturbation, direction, stage, average or wrapper: how it becomes a whole optimiser.
+      kind: perturbation, direction, combiner, stage, average or wrapper: how it becomes a whole
+        optimiser.
       kwargs: arguments of the factory.
       hyperparameter: an argument that may be a schedule or a traced array, or None.
       off: a value of `hyperparameter` at which the method is its base optimiser, or None.
@@ -109,6 +112,11 @@ CASES = [
     Case("swa", "average", {"start": 3, "every": 2}, copies=1, variant="start_every"),
     Case("params_ema", "average", {"decay": 0.9}, "decay", copies=1),
     Case("params_ema", "average", {"decay": 0.99, "debias": False, "warmup_steps": 10}, "decay", copies=1, variant="warmup"),
+    # monitoring
+    Case("record_gradient_norm", "stage", {}),
+    Case("record_sharpness", "combiner", {"perturbation": flatopt.scale_to_norm(0.05)}, extra_evaluations=10),
+    Case("record_distance", "average", {"average": flatopt.swa()}, copies=1),
+    Case("record_cosine", "wrapper", {"optimizer": sgd()}),
     # recipes
     Case("wasam", "wrapper", {"optimizer": sgd(), "rho": 0.05, "start": 3}, "rho", extra_evaluations=10, copies=1),
 ]

@@ -71,12 +71,11 @@ def gram(rows: Vector, columns: Vector) -> jax.Array:
 
 def combine(coefficients: jax.Array, basis: Vector) -> Vector:
     """The sum of the basis vectors with these coefficients."""
-
-    def leaf(b: jax.Array) -> jax.Array:
-        weights = coefficients.astype(b.dtype).reshape((-1, *[1] * (b.ndim - 1)))
-        return jnp.sum(weights * b, axis=0)
-
-    return tuple(leaf(b) for b in basis)
+    # A dot product: on CPU XLA's sum over the leading axis is a thousand times slower.
+    return tuple(
+        jnp.tensordot(coefficients.astype(b.dtype), b, axes=1, precision=jax.lax.Precision.HIGHEST)
+        for b in basis
+    )
 
 
 def extend(basis: Vector, vector: Vector, key: jax.Array) -> Extension:

@@ -1,0 +1,1 @@
+"""Benchmarks; results lie in `results/` with the command that made them."""
