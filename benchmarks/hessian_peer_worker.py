@@ -5,7 +5,6 @@ A request names a library; the answer has its eigenvalues and the seconds it too
 
 import importlib.metadata
 import json
-import os
 import sys
 import time
 import warnings
@@ -65,11 +64,11 @@ def pyhessian(model, batches, k):
 
 
 def hessian_eigenthings(model, batches, k):
-    """Its Lanczos process."""
+    """Its Lanczos process; the 2 k steps that it takes by default are too few for 1e-4."""
     from hessian_eigenthings import HessianOperator, lanczos, supervised_loss
 
     operator = HessianOperator(model, batches, supervised_loss(torch.nn.CrossEntropyLoss()))
-    result = lanczos(operator, k=k, which="LA", tol=1e-4, seed=0)
+    result = lanczos(operator, k=k, max_iter=40, which="LA", tol=1e-4, seed=0)
     return sorted((float(v) for v in result.eigenvalues), reverse=True)
 
 
@@ -78,7 +77,7 @@ def main():
     path, k = sys.argv[1], int(sys.argv[2])
     warnings.simplefilter("ignore")
     answers, sys.stdout = sys.stdout, sys.stderr  # What the libraries print is no answer.
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(1)
     model, batches = load(path)
     for line in sys.stdin:
         name = line.strip()

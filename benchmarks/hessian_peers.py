@@ -2,16 +2,21 @@
 
 `python -m benchmarks.hessian_peers --peer-python PATH`, where PATH is a Python that has PyTorch,
 curvlinops-for-pytorch, pyhessian and hessian-eigenthings; it may be another environment. All get
-the same trained network, the same images in the same batches, and run in turn, one at a time.
+the same trained network, the same images in the same batches, and run in turn, one at a time and
+on one thread: on small networks threads cost more than they give, most of all on a busy machine.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+# Before jax is imported: one thread, as the libraries get.
+os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +120,7 @@ def main() -> None:
             "images": IMAGES,
             "batches": BATCHES,
             "rounds": args.rounds,
+            "threads": 1,
             "dense_float64_eigenvalues": exact.tolist(),
             "tolerance": TOLERANCE,
             "all_within_tolerance": all(r["largest_relative_error"] <= TOLERANCE for r in rows),
