@@ -102,11 +102,11 @@ def planes(study: Study) -> Figure:
     params = study.network("sgd")
     top = measures.top_eigenvalues(study.loss, params, study.batches, k=2)
     eigenvectors = [jax.tree.map(lambda leaf, i=i: leaf[i], top.vectors) for i in range(2)]
-    # Unit eigenvectors, stretched to the length of the random directions.
+    # Unit eigenvectors, stretched to the length of the random directions: the same distances.
     random = [landscape.random_direction(key, params) for key in (0, 1)]
     length = optax.tree.norm(random[0])
     stretched = [optax.tree.scale(length, v) for v in eigenvectors]
-    xs = np.linspace(-1, 1, POINTS)
+    xs = np.linspace(-0.3, 0.3, POINTS)
     titles = ("two top eigenvectors", "two random directions, filter-normalised")
     for panel, directions, title in zip(panels, (stretched, random), titles, strict=True):
         where = landscape.Plane(params, (directions[0], directions[1]))
