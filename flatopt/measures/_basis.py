@@ -28,17 +28,18 @@ class Extension(NamedTuple):
 
 def zeros(template: Vector, rows: int) -> Vector:
     """`rows` zero vectors like `template`."""
-    return tuple(jnp.zeros((rows, *x.shape), x.dtype) for x in template)
+    return tuple(jnp.broadcast_to(jnp.zeros_like(x)[None], (rows, *x.shape)) for x in template)
 
 
 def row(basis: Vector, i: Any) -> Vector:
     """Vector number `i`."""
-    return tuple(x[i] for x in basis)
+    return tuple(jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in basis)
 
 
 def set_row(basis: Vector, i: Any, vector: Vector) -> Vector:
     """The basis with vector number `i` replaced."""
-    return tuple(b.at[i].set(x) for b, x in zip(basis, vector, strict=True))
+    pairs = zip(basis, vector, strict=True)
+    return tuple(jax.lax.dynamic_update_index_in_dim(b, x, i, 0) for b, x in pairs)
 
 
 def random_unit(key: jax.Array, template: Vector) -> Vector:
@@ -51,7 +52,12 @@ def random_normal(key: jax.Array, template: Vector) -> Vector:
     """A vector of standard normal entries."""
     keys = jax.random.split(key, len(template))
     pairs = zip(keys, template, strict=True)
-    return tuple(jax.random.normal(k, x.shape, x.dtype) for k, x in pairs)
+    return tuple(like(x, jax.random.normal(k, x.shape, x.dtype)) for k, x in pairs)
+
+
+def like(template: jax.Array, value: jax.Array) -> jax.Array:
+    """`value` with the sharding of `template`: adding zeros is the way that every version has."""
+    return value + jnp.zeros_like(template)
 
 
 def products(basis: Vector, vector: Vector) -> jax.Array:
@@ -73,7 +79,9 @@ def combine(coefficients: jax.Array, basis: Vector) -> Vector:
     """The sum of the basis vectors with these coefficients."""
     # A dot product: on CPU XLA's sum over the leading axis is a thousand times slower.
     return tuple(
-        jnp.tensordot(coefficients.astype(b.dtype), b, axes=1, precision=jax.lax.Precision.HIGHEST)
+        jax.lax.dot_general(
+            coefficients.astype(b.dtype), b, (((0,), (0,)), ((), ())), jax.lax.Precision.HIGHEST
+        )
         for b in basis
     )
 

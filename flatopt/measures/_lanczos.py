@@ -75,8 +75,12 @@ def advance(process: Process, product: Vector, key: jax.Array) -> Process:
     rest = _basis.extend(basis, product, jax.random.fold_in(key, i))
     diagonal = diagonal.at[i].set(rest.coefficients[i])
     beside = beside.at[i].set(rest.length)
-    # Out of bounds after the last step: then the update is dropped.
-    basis = tuple(b.at[i + 1].set(x, mode="drop") for b, x in zip(basis, rest.unit, strict=True))
+    # After the last step there is no room, and the last vector stays.
+    last = len(diagonal) - 1
+    following = jnp.minimum(i + 1, last)
+    kept = _basis.row(basis, following)
+    newest = jax.tree.map(lambda new, old: jnp.where(i < last, new, old), rest.unit, kept)
+    basis = _basis.set_row(basis, following, newest)
     return Process(basis, diagonal, beside, i + 1)
 
 

@@ -127,7 +127,7 @@ class _Average:
             else:
                 keys = jax.random.split(sample_key, len(point))
                 z = tuple(
-                    jax.random.uniform(k, x.shape, x.dtype, -1.0, 1.0)
+                    _basis.like(x, jax.random.uniform(k, x.shape, x.dtype, -1.0, 1.0))
                     for k, x in zip(keys, point, strict=True)
                 )
             moved = jax.tree.map(

@@ -175,7 +175,7 @@ def prediction_disagreement(
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
       >>> def model_fn(w, x):
-      ...     return x * w
+      ...     return x * w[None]
       >>> x = jnp.array([[[1.0, 2.0], [3.0, 1.0], [5.0, 1.0]]])
       >>> print(measures.prediction_disagreement(model_fn, jnp.ones(2), jnp.array([1.0, 4.0]), x))
       0.33333334

@@ -106,7 +106,7 @@ class _Trace:
 def _signs(key: jax.Array, template: Vector) -> Vector:
     keys = jax.random.split(key, len(template))
     pairs = zip(keys, template, strict=True)
-    return tuple(jax.random.rademacher(k, x.shape, x.dtype) for k, x in pairs)
+    return tuple(_basis.like(x, jax.random.rademacher(k, x.shape, x.dtype)) for k, x in pairs)
 
 
 def _outside(basis: Vector, vector: Vector) -> Vector:
