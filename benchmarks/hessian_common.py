@@ -74,7 +74,11 @@ def write(path: Path, results: dict[str, Any]) -> None:
     module = sys.modules["__main__"].__spec__
     packages = ("jax", "jaxlib", "optax", "numpy", "scipy")
     origin = {
-        "command": ["python", "-m", module.name if module else "", *sys.argv[1:]],
+        # Of absolute paths the last part: where they lie on this machine helps nobody.
+        "command": [
+            *("python", "-m", module.name if module else ""),
+            *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]),
+        ],
         "versions": {
             "python": platform.python_version(),
             "flatopt": flatopt.__version__,
