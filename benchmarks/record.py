@@ -7,11 +7,13 @@ from typing import Any
 
 from examples import provenance
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def write(path: Path, results: dict[str, Any]) -> None:
     """Writes `results` with the command, the versions and the machine of this run, as JSON."""
     about = {
-        "command": ["python", "-m", _module(), *sys.argv[1:]],
+        "command": _command(),
         "versions": provenance.versions(),
         "machine": provenance.machine(),
     }
@@ -19,5 +21,8 @@ def write(path: Path, results: dict[str, Any]) -> None:
     path.write_text(json.dumps(about | results, indent=1, allow_nan=False) + "\n")
 
 
-def _module() -> str:
-    return ".".join(Path(sys.argv[0]).with_suffix("").parts[-2:])
+def _command() -> list[str]:
+    module = sys.modules["__main__"].__spec__
+    # Of absolute paths the last part: where they lie on this machine helps nobody.
+    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
+    return ["python", "-m", module.name if module else "", *words]

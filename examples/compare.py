@@ -16,18 +16,28 @@ import numpy as np
 from tqdm import tqdm
 
 import flatopt
-from examples import arguments, batch_norm, datasets, picture, provenance, report, training
+from examples import (
+    arguments,
+    batch_norm,
+    datasets,
+    flatness,
+    flatness_picture,
+    picture,
+    provenance,
+    report,
+    training,
+)
 from examples.methods import BASELINE, METHODS, Method, Setting
 from examples.models.mlp import MLP
 
-PICTURE = "compare.png"
+PICTURE, FLATNESS_PICTURE = "compare.png", "flatness.png"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     command = list(sys.argv[1:] if argv is None else argv)
     args, dataset = arguments.parse(command)
-    arms = compare(args, dataset)
+    arms, networks, task = compare(args, dataset)
     second = _second_table(args, dataset)
     baseline, machine = arms[0], provenance.machine()
     print(report.table(arms, baseline))
@@ -48,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "batch_norm": None if second is None else batch_norm.to_json(second),
     }
     try:
-        _write(args, arms, results)
+        _write(args, arms, networks, task, results)
     except OSError as error:
         arguments.fail(f"the results cannot be written: {error}")
     return 0
@@ -71,16 +81,22 @@ class _Plan(NamedTuple):
     gradient_evaluations: int
 
 
-def compare(args: argparse.Namespace, dataset: datasets.Dataset) -> list[report.Arm]:
+def compare(
+    args: argparse.Namespace, dataset: datasets.Dataset
+) -> tuple[list[report.Arm], dict[str, Any], training.Task]:
     """Trains and judges every method; the first arm is the baseline.
 
     Methods that take more gradients than the baseline run once more, shortened to as many.
+
+    Returns:
+      The arms, the first seed's network of each method at full length, and the task.
     """
     seeds = list(range(args.seeds))
     split = datasets.split(dataset, seeds, args.train_size, args.label_noise)
     batches = datasets.batches(split, seeds, args.steps, args.batch_size)
     task = training.Task(MLP(classes=dataset.classes), dataset, split, seeds)
     plans = _plan(args)
+    networks: dict[str, Any] = {}
     with tqdm(total=sum(plan.steps for plan in plans), unit="step", leave=False) as bar:
 
         def run(plan: _Plan) -> report.Arm:
@@ -91,6 +107,8 @@ def compare(args: argparse.Namespace, dataset: datasets.Dataset) -> list[report.
                 task, tx, first, bar.update, fresh_batches=plan.method.fresh_batches
             )
             scores = jax.tree.map(np.asarray, task.score(trained.params))
+            if not plan.equal_gradients:
+                networks[plan.method.name] = jax.tree.map(lambda leaf: leaf[0], trained.params)
             return report.Arm(
                 method=plan.method.name,
                 equal_gradients=plan.equal_gradients,
@@ -101,7 +119,7 @@ def compare(args: argparse.Namespace, dataset: datasets.Dataset) -> list[report.
                 **scores._asdict(),
             )
 
-        return [run(plan) for plan in plans]
+        return [run(plan) for plan in plans], networks, task
 
 
 def _plan(args: argparse.Namespace) -> list[_Plan]:
@@ -126,8 +144,14 @@ def _setting(args: argparse.Namespace, steps: int) -> Setting:
     return Setting(steps, max(1, args.train_size // args.batch_size), args.learning_rate)
 
 
-def _write(args: argparse.Namespace, arms: list[report.Arm], results: dict[str, Any]) -> None:
-    """Writes the picture and the JSON file."""
+def _write(
+    args: argparse.Namespace,
+    arms: list[report.Arm],
+    networks: dict[str, Any],
+    task: training.Task,
+    results: dict[str, Any],
+) -> None:
+    """Writes the pictures and the JSON file."""
     title = (
         f"{args.dataset}, {args.train_size} training images, {_seeds(args.seeds)}, "
         f"{args.steps} steps"
@@ -135,11 +159,28 @@ def _write(args: argparse.Namespace, arms: list[report.Arm], results: dict[str, 
     args.out.mkdir(parents=True, exist_ok=True)
     with _whole_file(args.out / PICTURE) as part:
         picture.draw(arms, title, part)
+    with _whole_file(args.out / FLATNESS_PICTURE) as part:
+        _draw_flatness(networks, task, f"{title}: the first seed", part)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         with _whole_file(args.json) as part:
             part.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    print("Written:", *([args.out / PICTURE] + ([args.json] if args.json else [])))
+    pictures = [args.out / PICTURE, args.out / FLATNESS_PICTURE]
+    print("Written:", *(pictures + ([args.json] if args.json else [])))
+
+
+def _draw_flatness(networks: dict[str, Any], task: training.Task, title: str, path: Path) -> None:
+    """Spectra of every network that did not diverge, and the plane through three of them."""
+
+    def fine(params: Any) -> bool:
+        return all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))
+
+    data = task.first_seed()
+    sound = {name: params for name, params in networks.items() if fine(params)}
+    densities = {name: flatness.density(task.loss_on, p, data) for name, p in sound.items()}
+    corners = dict(list(sound.items())[:3])
+    surface = flatness.surface(task.loss_on, corners, data) if len(corners) == 3 else None
+    flatness_picture.draw(densities, surface, title, path)
 
 
 @contextlib.contextmanager
@@ -161,9 +202,13 @@ def _notes(arms: Sequence[report.Arm], args: argparse.Namespace, machine: dict[s
     ]
     if any(arm.equal_gradients for arm in arms):
         notes.append(f"*: shortened to as many gradient evaluations as {BASELINE}.")
+    notes.append(
+        "local energy: rise of the training error under weight noise of "
+        f"{flatness.ENERGY_SIGMA:g}; barrier: of the training loss on the line to the next seed."
+    )
     used = min(args.train_size, training.FLATNESS_IMAGES)
     if used < args.train_size:
-        notes.append(f"top eigenvalue: of the loss on {used} of the training images.")
+        notes.append(f"Flatness is that of the loss on {used} of the training images.")
     notes.append(
         f"Machine: {machine['cpus']} CPUs, backend {machine['backend']} ({machine['device']}), "
         f"jax {jax.__version__}, flatopt {flatopt.__version__}."

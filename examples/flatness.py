@@ -1,76 +1,67 @@
-"""Two views of flatness: the top eigenvalue of the Hessian, and the loss along random lines."""
+"""What the comparison measures of flatness, each a call of `flatopt.measures` or `landscape`."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 
-Loss = Callable[[Any], jax.Array]
+from flatopt import landscape, measures
+
+Loss = Callable[..., jax.Array]
+
+PRODUCTS = 40  # Most Hessian-vector products for the top eigenvalue; it usually takes 15 to 30.
+TRACE_PRODUCTS = 24
+ENERGY_SIGMA, ENERGY_SAMPLES = 0.5, 24
+BARRIER_POINTS = 13
+DENSITY_PROBES, DENSITY_STEPS = 4, 48
+PLANE_POINTS, PLANE_MARGIN = 25, 0.35
 
 
-def top_eigenvalue(loss: Loss, params: Any, key: jax.Array, iterations: int = 40) -> jax.Array:
-    """The largest eigenvalue of the Hessian of `loss` at `params`, by power iteration.
+class Flatness(NamedTuple):
+    """Flatness of one network.
 
-    Power iteration finds the eigenvalue of largest absolute value. Should that be negative, a
-    second round on the Hessian shifted by it finds the largest one.
+    Attributes:
+      top_eigenvalue: largest Hessian eigenvalue of the training loss.
+      trace: of that Hessian, Hutchinson's estimate.
+      local_energy: rise of the training error under multiplicative noise of size `ENERGY_SIGMA`.
+      barrier: rise of the training loss on the straight line to the network of the next seed, above
+        the line between the losses at its ends; NaN if there is only one seed.
+    """
+
+    top_eigenvalue: jax.Array
+    trace: jax.Array
+    local_energy: jax.Array
+    barrier: jax.Array
+
+
+def measure(loss_fn: Loss, error_fn: Loss, params: Any, other: Any, key: jax.Array) -> Flatness:
+    """Measures one network.
 
     Args:
-      loss: function of the parameters alone.
-      params: where to take the Hessian.
-      key: for the start vectors.
-      iterations: Hessian-vector products in each of the two rounds.
+      loss_fn: training loss, a function of the parameters alone.
+      error_fn: training error, likewise.
+      params: the network.
+      other: the network of the next seed, or None.
+      key: for start vectors, probes and noise.
     """
-
-    def product(vector: Any) -> Any:
-        return jax.jvp(jax.grad(loss), (params,), (vector,))[1]
-
-    def power(start: Any, shift: jax.Array) -> tuple[Any, jax.Array]:
-        def iterate(vector: Any, _: None) -> tuple[Any, jax.Array]:
-            shifted = optax.tree.add_scale(product(vector), shift, vector)
-            # The Rayleigh quotient of the unit vector that went in.
-            return _unit(shifted), optax.tree.vdot(vector, shifted) - shift
-
-        vector, values = jax.lax.scan(iterate, _unit(start), length=iterations)
-        return vector, values[-1]
-
-    first, second = (
-        optax.tree.random_like(k, params, jax.random.normal) for k in jax.random.split(key)
+    keys = jax.random.split(key, 3)
+    eigenvalues = measures.top_eigenvalues(loss_fn, params, key=keys[0], num_steps=PRODUCTS)
+    trace = measures.trace(loss_fn, params, key=keys[1], num_products=TRACE_PRODUCTS)
+    energy = measures.local_energy(
+        error_fn, params, key=keys[2], sigmas=[ENERGY_SIGMA], num_samples=ENERGY_SAMPLES
     )
-    vector, dominant = power(first, jnp.zeros(()))
-    # Start again from what was found, plus noise: it may be the eigenvector shifted to zero.
-    return power(optax.tree.add(vector, _unit(second)), jnp.maximum(-dominant, 0.0))[1]
-
-
-def _unit(tree: Any) -> Any:
-    """`tree` divided by its norm; zero stays zero."""
-    return optax.tree.scale(1 / jnp.maximum(optax.tree.norm(tree), 1e-30), tree)
-
-
-def filter_normalised_direction(key: jax.Array, params: Any) -> Any:
-    """A random direction in which each filter is as long as that filter of `params`.
-
-    A filter is what leads to one output unit: in Flax the last axis of a kernel counts them.
-    Vectors and scalars (biases, scales of normalisation layers) do not move. See Li, Xu, Taylor,
-    Studer, Goldstein, Visualizing the Loss Landscape of Neural Nets, arXiv:1712.09913.
-    """
-
-    def leaf(direction: jax.Array, param: jax.Array) -> jax.Array:
-        if param.ndim < 2:
-            return jnp.zeros_like(param)
-        axes = tuple(range(param.ndim - 1))
-        lengths = [jnp.sqrt(jnp.sum(x**2, axes, keepdims=True)) for x in (param, direction)]
-        return direction * (lengths[0] / lengths[1])
-
-    noise = optax.tree.random_like(key, params, jax.random.normal)
-    return jax.tree.map(leaf, noise, params)
+    barrier = jnp.full_like(trace.value, jnp.nan)
+    if other is not None:
+        barrier = measures.linear_barrier(loss_fn, params, other, num_points=BARRIER_POINTS).height
+    return Flatness(eigenvalues.values[0], trace.value, energy.energy[0], barrier)
 
 
 def loss_along_lines(
-    loss: Loss, params: Any, key: jax.Array, positions: jax.Array, directions: int
+    loss_fn: Loss, params: Any, key: jax.Array, positions: jax.Array, directions: int
 ) -> jax.Array:
-    """The loss at `params + position * direction`, averaged over random directions.
+    """The loss along random filter-normalised directions, averaged over them.
 
     The same key gives the same noise for every method; only the lengths follow the parameters.
 
@@ -79,9 +70,42 @@ def loss_along_lines(
     """
 
     def one_direction(key: jax.Array) -> jax.Array:
-        direction = filter_normalised_direction(key, params)
-        return jax.lax.map(
-            lambda position: loss(optax.tree.add_scale(params, position, direction)), positions
-        )
+        direction = landscape.random_direction(key, params)
+        return landscape.line(loss_fn, params, direction, positions=positions)[1]
 
     return jnp.mean(jax.lax.map(one_direction, jax.random.split(key, directions)), axis=0)
+
+
+def density(loss_fn: Loss, params: Any, batches: Any) -> measures.SpectralDensity:
+    """The density of the Hessian's eigenvalues."""
+    return measures.spectral_density(
+        loss_fn, params, batches, num_probes=DENSITY_PROBES, num_steps=DENSITY_STEPS
+    )
+
+
+class Surface(NamedTuple):
+    """The loss in the plane through three networks.
+
+    Attributes:
+      xs: coordinates in the first direction.
+      ys: coordinates in the second.
+      losses: [ys, xs].
+      corners: coordinates of the three networks, by name.
+    """
+
+    xs: np.ndarray
+    ys: np.ndarray
+    losses: np.ndarray
+    corners: dict[str, tuple[float, float]]
+
+
+def surface(loss_fn: Loss, networks: dict[str, Any], batches: Any) -> Surface:
+    """The loss around three networks, in the plane through them."""
+    where = landscape.plane_through(*networks.values())
+    corners = np.asarray(where.coordinates)
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    margin = PLANE_MARGIN * (high - low)
+    xs, ys = (np.linspace(low[i] - margin[i], high[i] + margin[i], PLANE_POINTS) for i in range(2))
+    losses = landscape.plane(loss_fn, where, batches, xs=xs, ys=ys)
+    named = {n: (float(x), float(y)) for n, (x, y) in zip(networks, corners, strict=True)}
+    return Surface(xs, ys, np.asarray(losses), named)

@@ -12,7 +12,7 @@ import flatopt
 
 def versions() -> dict[str, str]:
     """The versions of what computes."""
-    packages = ("jax", "jaxlib", "optax", "flax", "numpy")
+    packages = ("jax", "jaxlib", "optax", "flax", "numpy", "scipy")
     found = {name: metadata.version(name) for name in packages}
     return {"python": platform.python_version(), "flatopt": flatopt.__version__, **found}
 

@@ -23,6 +23,9 @@ class Arm:
       accuracy: test accuracy, [seeds].
       train_loss: final training loss, [seeds].
       top_eigenvalue: of the Hessian of the training loss, [seeds].
+      trace: of the Hessian of the training loss, [seeds].
+      local_energy: rise of the training error under noise on the weights, [seeds].
+      barrier: rise of the training loss between two seeds' networks, [seeds].
       line: training loss along random directions, [seeds, positions].
       seconds: training time of all seeds together, without compilation.
       compile_seconds: compilation time.
@@ -35,6 +38,9 @@ class Arm:
     accuracy: np.ndarray
     train_loss: np.ndarray
     top_eigenvalue: np.ndarray
+    trace: np.ndarray
+    local_energy: np.ndarray
+    barrier: np.ndarray
     line: np.ndarray
     seconds: float
     compile_seconds: float
@@ -79,6 +85,9 @@ def table(arms: Sequence[Arm], baseline: Arm) -> str:
         "test accuracy %",
         f"minus {baseline.method} (points)",
         "top eigenvalue",
+        "trace",
+        "local energy %",
+        "barrier",
         "train loss",
         "run s",
         "compile s",
@@ -91,6 +100,9 @@ def table(arms: Sequence[Arm], baseline: Arm) -> str:
             Estimate.of(100 * arm.accuracy).show(2),
             "" if arm is baseline else difference(arm, baseline).show(2, "+"),
             f"{np.mean(arm.top_eigenvalue):.3g}",
+            f"{np.mean(arm.trace):.3g}",
+            f"{100 * np.mean(arm.local_energy):.2f}",
+            f"{np.mean(arm.barrier):.3g}",
             f"{np.mean(arm.train_loss):.3g}",
             f"{arm.seconds:.2f}",
             f"{arm.compile_seconds:.2f}",
@@ -175,6 +187,9 @@ def to_json(arms: Sequence[Arm], baseline: Arm) -> list[dict[str, Any]]:
             "top_eigenvalue": _numbers(arm.top_eigenvalue),
             "top_eigenvalue_mean": _number(eigenvalue.mean),
             "top_eigenvalue_standard_error": _number(eigenvalue.error),
+            "trace": _numbers(arm.trace),
+            "local_energy": _numbers(arm.local_energy),
+            "barrier": _numbers(arm.barrier),
             "train_loss": _numbers(arm.train_loss),
             "line_loss_mean": _numbers(np.mean(arm.line, axis=0)),
             "seconds": arm.seconds,

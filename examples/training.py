@@ -12,8 +12,8 @@ import optax
 from flax import linen as nn
 
 import flatopt
+from examples import flatness
 from examples.datasets import Array, Batches, Dataset, Split
-from examples.flatness import loss_along_lines, top_eigenvalue
 
 MAX_CHUNKS = 20  # A run is cut into equal pieces of one compiled program, to show progress.
 FLATNESS_IMAGES = 1000  # Flatness is that of the loss on the first so many training images.
@@ -49,12 +49,18 @@ class Scores(NamedTuple):
       accuracy: share of test images classified rightly.
       train_loss: mean loss over the training images.
       top_eigenvalue: largest Hessian eigenvalue of the training loss.
+      trace: of that Hessian.
+      local_energy: rise of the training error under noise on the weights.
+      barrier: rise of the training loss between the networks of two seeds.
       line: training loss at `LINE_POSITIONS` along random directions.
     """
 
     accuracy: Array
     train_loss: Array
     top_eigenvalue: Array
+    trace: Array
+    local_energy: Array
+    barrier: Array
     line: Array
 
 
@@ -94,11 +100,24 @@ class Task:
         """Test accuracy and flatness of each seed."""
         return self._score(params, self.keys, self.images, self.labels, self.split)
 
+    def first_seed(self) -> tuple[Array, Array]:
+        """Images and labels on which the first seed's flatness is measured, as one batch."""
+        rows = self.split.train_rows[0][:FLATNESS_IMAGES]
+        return self.inputs(self.images[rows])[None], self.split.train_labels[0][None, : len(rows)]
+
+    def loss_on(self, params: Any, batch: tuple[jax.Array, Array]) -> jax.Array:
+        """The loss, as the measures call it."""
+        return self.loss(params, *batch)
+
     def _score_all(
         self, params: Any, keys: jax.Array, images: jax.Array, labels: jax.Array, split: Split
     ) -> Scores:
-        def one_seed(arguments: tuple[Any, jax.Array, Split]) -> Scores:
-            params, key, own = arguments
+        # The next seed's network; with one seed there is none.
+        others = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), params)
+        several = len(keys) > 1
+
+        def one_seed(arguments: tuple[Any, Any, jax.Array, Split]) -> Scores:
+            params, other, key, own = arguments
             logits = self.logits(params, self.inputs(images[own.test_rows]))
             correct = jnp.argmax(logits, axis=-1) == labels[own.test_rows]
             x = self.inputs(images[own.train_rows])
@@ -107,11 +126,18 @@ class Task:
             def loss(params: Any) -> jax.Array:
                 return self.loss(params, x[near], own.train_labels[near])
 
+            def error(params: Any) -> jax.Array:
+                logits = self.logits(params, x[near])
+                return jnp.mean(jnp.argmax(logits, axis=-1) != own.train_labels[near])
+
+            measured = flatness.measure(
+                loss, error, params, other if several else None, jax.random.fold_in(key, 1)
+            )
             return Scores(
                 accuracy=jnp.mean(correct),
                 train_loss=self.loss(params, x, own.train_labels),
-                top_eigenvalue=top_eigenvalue(loss, params, jax.random.fold_in(key, 1)),
-                line=loss_along_lines(
+                **measured._asdict(),
+                line=flatness.loss_along_lines(
                     loss,
                     params,
                     jax.random.fold_in(key, 2),
@@ -121,7 +147,7 @@ class Task:
             )
 
         # One seed after another: a seed's test images at a time fit into memory.
-        return jax.lax.map(one_seed, (params, keys, split))
+        return jax.lax.map(one_seed, (params, others, keys, split))
 
 
 def step(

@@ -1,5 +1,8 @@
 """flatopt: flat minima for JAX, as composable optax transformations."""
 
+from flatopt import curves as curves
+from flatopt import landscape as landscape
+from flatopt import measures as measures
 from flatopt._alternate import AlternateState as AlternateState
 from flatopt._alternate import alternate as alternate
 from flatopt._arwp import arwp as arwp
@@ -60,6 +63,14 @@ from flatopt._mixed_gradients import WsamState as WsamState
 from flatopt._mixed_gradients import gnp as gnp
 from flatopt._mixed_gradients import gsam as gsam
 from flatopt._mixed_gradients import wsam as wsam
+from flatopt._monitor import CosineState as CosineState
+from flatopt._monitor import DistanceState as DistanceState
+from flatopt._monitor import GradientNormState as GradientNormState
+from flatopt._monitor import SharpnessState as SharpnessState
+from flatopt._monitor import record_cosine as record_cosine
+from flatopt._monitor import record_distance as record_distance
+from flatopt._monitor import record_gradient_norm as record_gradient_norm
+from flatopt._monitor import record_sharpness as record_sharpness
 from flatopt._noise import AdaptiveFilterNoiseState as AdaptiveFilterNoiseState
 from flatopt._noise import FilterNoiseState as FilterNoiseState
 from flatopt._noise import NoiseState as NoiseState

@@ -9,18 +9,23 @@ import optax
 KeyLike = Any  # An int seed, a typed key, or raw uint32 key data.
 
 
-def key_data(key: KeyLike) -> jax.Array:
-    """Raw uint32 data of `key`, in a buffer of its own."""
+def as_key(key: KeyLike) -> jax.Array:
+    """`key` as a typed key."""
     # An array too: `optax.inject_hyperparams` makes one of every number.
     if jnp.ndim(key) == 0 and jnp.issubdtype(jnp.result_type(key), jnp.integer):
-        key = jax.random.key(key)
+        return jax.random.key(key)
     if jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
-        key = jax.random.key_data(key)
+        return key
     if jnp.result_type(key) != jnp.uint32:
-        raise TypeError(
+        raise ValueError(
             f"key={key!r} must be an int seed, a key from jax.random.key, or its uint32 key data."
         )
-    return jnp.array(key)
+    return jax.random.wrap_key_data(key)
+
+
+def key_data(key: KeyLike) -> jax.Array:
+    """Raw uint32 data of `key`, in a buffer of its own."""
+    return jnp.array(jax.random.key_data(as_key(key)))
 
 
 def split(data: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -192,6 +192,11 @@ CASES = [
     Case("lookahead", "wrapper", {"optimizer": sgd(), "every": 2, "pull_back": True, "start": 1}, copies=2, variant="pull_back"),
     Case("periodic_swa", "wrapper", {"optimizer": sgd(), "period": 4}, copies=1),
     Case("periodic_swa", "wrapper", {"optimizer": optax.adamw(0.05), "period": 4, "start": 1, "every": 2, "stop": 6}, copies=1, variant="stop"),
+    # monitoring
+    Case("record_gradient_norm", "stage", {}),
+    Case("record_sharpness", "combiner", {"perturbation": flatopt.scale_to_norm(0.05)}, extra_evaluations=10),
+    Case("record_distance", "average", {"average": flatopt.swa()}, copies=1),
+    Case("record_cosine", "wrapper", {"optimizer": sgd()}),
     # recipes
     Case("gadam", "wrapper", {"learning_rate": 0.05, "start": 3}, copies=2),  # Adam's two and the mean, less SGD's one.
     Case("gadamx", "wrapper", {"learning_rate": 0.05, "start": 3}, copies=3),

@@ -58,6 +58,9 @@ def _arm(method="sam", accuracy=(0.5, 0.5), **changes):
         "accuracy": np.array(accuracy),
         "train_loss": np.ones(seeds),
         "top_eigenvalue": np.ones(seeds),
+        "trace": np.ones(seeds),
+        "local_energy": np.ones(seeds),
+        "barrier": np.ones(seeds),
         "line": np.ones((seeds, len(training.LINE_POSITIONS))),
         "seconds": 1.0,
         "compile_seconds": 1.0,
@@ -91,7 +94,9 @@ def test_whole_run(tmp_path, capsys):
         np.testing.assert_allclose(arm["difference_points_mean"], paired.mean())
         error = abs(paired[0] - paired[1]) / 2  # The standard error of two values.
         np.testing.assert_allclose(arm["difference_points_standard_error"], error)
-        assert np.isfinite(arm["top_eigenvalue"]).all()
+        for measure in ("top_eigenvalue", "trace", "local_energy", "barrier"):
+            assert len(arm[measure]) == 2
+            assert np.isfinite(arm[measure]).all()
         assert len(arm["line_loss_mean"]) == len(results["line_positions"])
         # At position 0 the line is the training loss itself: nothing is displaced there.
         middle = arm["line_loss_mean"][len(training.LINE_POSITIONS) // 2]
@@ -100,10 +105,16 @@ def test_whole_run(tmp_path, capsys):
     assert shortened["steps"] == STEPS // 2
     assert shortened["gradient_evaluations_per_seed"] == STEPS
 
-    image = matplotlib.image.imread(tmp_path / "out" / "compare.png")
-    assert image.shape[1] >= 1200
-    assert image.std() > 0.05  # Something is drawn.
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["compare.png", "out", "r.json"]
+    for name in ("compare.png", "flatness.png"):
+        image = matplotlib.image.imread(tmp_path / "out" / name)
+        assert image.shape[1] >= 1200
+        assert image.std() > 0.05  # Something is drawn.
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [
+        "compare.png",
+        "flatness.png",
+        "out",
+        "r.json",
+    ]
 
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("method")
@@ -192,7 +203,7 @@ def test_methods_are_paired(tmp_path, monkeypatch):
     twin = methods.Method("twin", methods.METHODS["sgd"].build, "the baseline again")
     monkeypatch.setitem(methods.METHODS, "twin", twin)
     first, second = _run([*TINY, "--methods", "sgd,twin"], tmp_path)["arms"]
-    for field in ("test_accuracy", "train_loss", "top_eigenvalue", "line_loss_mean"):
+    for field in ("test_accuracy", "train_loss", "top_eigenvalue", "trace", "barrier"):
         assert first[field] == second[field]
     assert first["train_loss"][0] != first["train_loss"][1]  # But two seeds are two runs.
 
@@ -208,6 +219,7 @@ def test_own_data_set_with_noisy_labels_and_one_seed(tmp_path, monkeypatch, caps
     assert [len(arm["test_accuracy"]) for arm in results["arms"]] == [1, 1]
     # One value has no standard error, and nothing is concluded from it.
     assert results["arms"][1]["difference_points_standard_error"] is None
+    assert results["arms"][1]["barrier"] == [None]  # There is no next seed.
     out = capsys.readouterr().out
     assert "± n/a" in out
     assert "no difference can be judged" in out
@@ -477,55 +489,37 @@ def test_training_is_the_plain_loop():
 # Flatness
 
 
-@pytest.mark.parametrize("eigenvalues", [[5.0, 1.0, 0.1, 0.0], [2.0, 0.5, -1.0, -6.0], [0.0] * 4])
-def test_top_eigenvalue_of_a_quadratic(eigenvalues):
-    basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))
-    matrix = jnp.asarray(basis @ np.diag(eigenvalues) @ basis.T, jnp.float32)
+def test_flatness_of_a_quadratic():
+    curvature = jnp.array([5.0, 1.0, 0.5, 0.0])
 
     def loss(params):
-        w = jnp.concatenate([params["a"], params["b"]])
-        return w @ matrix @ w / 2
+        return jnp.sum(curvature * params["w"] ** 2) / 2
 
-    params = {"a": jnp.ones(1), "b": jnp.ones(3)}
-    found = flatness.top_eigenvalue(loss, params, jax.random.key(0))
-    np.testing.assert_allclose(found, max(eigenvalues), rtol=1e-3, atol=1e-5)
+    def error(params):
+        return jnp.sum(params["w"] ** 2)
 
-
-def test_top_eigenvalue_against_the_dense_hessian():
-    x = jax.random.normal(jax.random.key(0), (20, 3))
-    labels = jnp.arange(20) % 2
-
-    def loss(params):
-        hidden = jnp.tanh(x @ params["first"])
-        logits = hidden @ params["second"]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    params = {"first": jnp.ones((3, 2)) / 2, "second": jnp.array([[1.0, -1.0], [0.5, 0.2]])}
-    flat, unravel = jax.flatten_util.ravel_pytree(params)
-    dense = jax.hessian(lambda w: loss(unravel(w)))(flat)
-    found = flatness.top_eigenvalue(loss, params, jax.random.key(1), iterations=100)
-    np.testing.assert_allclose(found, np.linalg.eigvalsh(dense)[-1], rtol=1e-3)
+    params, other = {"w": jnp.zeros(4)}, {"w": jnp.array([2.0, 0.0, 0.0, 0.0])}
+    found = flatness.measure(loss, error, params, other, jax.random.key(0))
+    np.testing.assert_allclose(found.top_eigenvalue, 5.0, rtol=1e-3)
+    np.testing.assert_allclose(found.trace, 6.5, rtol=1e-5)  # Signs are exact on a diagonal.
+    assert found.local_energy == 0  # Noise in proportion to zero weights is none.
+    assert found.barrier == 0  # A bowl lies below the line between its points.
+    alone = flatness.measure(loss, error, params, None, jax.random.key(0))
+    assert np.isnan(alone.barrier)
 
 
-def test_directions_are_filter_normalised():
-    shapes = {"dense": (5, 3), "conv": (3, 3, 2, 4), "bias": (3,), "scale": ()}
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    params = {
-        name: jax.random.normal(key, shape)
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
-    params["dense"] = params["dense"].at[:, 1].set(0.0)  # A dead filter does not move.
-    direction = flatness.filter_normalised_direction(jax.random.key(1), params)
-    for name in ("dense", "conv"):
-        flat = [np.reshape(tree[name], (-1, shapes[name][-1])) for tree in (direction, params)]
-        np.testing.assert_allclose(*(np.linalg.norm(f, axis=0) for f in flat), rtol=1e-5)
-        assert not np.allclose(*flat)
-    for name in ("bias", "scale"):
-        np.testing.assert_array_equal(direction[name], np.zeros(shapes[name]))
-    # Twice the weights, twice the direction: the picture does not depend on their scale.
-    doubled = flatness.filter_normalised_direction(jax.random.key(1), optax.tree.scale(2.0, params))
-    for one, two in zip(jax.tree.leaves(direction), jax.tree.leaves(doubled), strict=True):
-        np.testing.assert_allclose(2 * one, two, rtol=1e-5)
+def test_the_barrier_is_that_to_the_next_seed():
+    dataset = datasets.load("digits", None)
+    task = training.Task(compare.MLP(), dataset, datasets.split(dataset, [0, 1, 2], 40), [0, 1, 2])
+    scores = task.score(task.initial_params)
+    x, labels = task.first_seed()
+    first, second = (jax.tree.map(lambda leaf, i=i: leaf[i], task.initial_params) for i in (0, 1))
+    expected = flatopt.measures.linear_barrier(
+        task.loss_on, first, second, (x, labels), num_points=flatness.BARRIER_POINTS
+    )
+    np.testing.assert_allclose(scores.barrier[0], expected.height, rtol=1e-3, atol=1e-5)
+    assert (scores.local_energy >= -1).all()
+    assert np.isfinite(scores.trace).all()
 
 
 def test_loss_along_lines_of_a_quadratic():
@@ -573,6 +567,16 @@ def test_diverged_runs_are_reported_not_hidden(tmp_path):
     entry = report.to_json(arms, arms[0])[1]
     assert entry["train_loss"] == [None, None]
     json.dumps(entry, allow_nan=False)
+
+
+def test_diverged_networks_are_left_out_of_the_second_picture(tmp_path):
+    dataset = datasets.load("digits", None)
+    task = training.Task(compare.MLP(), dataset, datasets.split(dataset, [0], 40), [0])
+    params = jax.tree.map(lambda leaf: leaf[0], task.initial_params)
+    lost = jax.tree.map(lambda leaf: leaf * np.nan, params)
+    compare._draw_flatness({"sgd": params, "sam": lost}, task, "title", tmp_path / "p.png")
+    assert matplotlib.image.imread(tmp_path / "p.png").std() > 0
+    compare._draw_flatness({"sam": lost}, task, "title", tmp_path / "p.png")
 
 
 def test_labels_do_not_overlap():

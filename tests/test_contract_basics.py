@@ -10,7 +10,8 @@ import flatopt
 from tests import cases
 from tests.cases import Case
 
-NEED_NO_PARAMS = {"msam", "langevin"}
+# These work on gradients and momentum alone.
+NEED_NO_PARAMS = {"msam", "langevin", "record_cosine", "record_gradient_norm"}
 
 
 def test_every_public_factory_has_a_case():

@@ -13,6 +13,7 @@ import pytest
 
 from tests import (
     golden_averages,
+    golden_curves,
     golden_entropy,
     golden_sam,
     golden_sam_family,
@@ -29,6 +30,7 @@ ADAPTERS = (
     | golden_averages.ADAPTERS
     | golden_slow_weights.ADAPTERS
     | golden_entropy.ADAPTERS
+    | golden_curves.ADAPTERS
 )
 
 

@@ -409,7 +409,7 @@ def test_keys_come_in_every_form():
     ]
     np.testing.assert_array_equal(draws[0], draws[1])
     np.testing.assert_array_equal(draws[0], draws[2])
-    with pytest.raises(TypeError, match="key="):
+    with pytest.raises(ValueError, match="key="):
         flatopt.standard_normal(0.5)
 
 

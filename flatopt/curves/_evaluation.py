@@ -1,0 +1,95 @@
+"""The loss along a curve, with batch statistics of every point's own."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flatopt import _batches
+from flatopt.curves._bases import Basis, bezier
+from flatopt.curves._points import point
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluate:
+    loss_fn: _batches.LossFn
+    basis: Basis
+    statistics_fn: Callable[..., Any] | None
+
+    def __call__(
+        self, mean: _batches.Mean, loops: _batches.Loops, params: Any, positions: jax.Array
+    ) -> jax.Array:
+        def at(position: jax.Array) -> jax.Array:
+            network = point(params, position, self.basis)
+            if self.statistics_fn is None:
+                return mean(_Loss(self.loss_fn), network)
+            statistics = mean(_Loss(self.statistics_fn), network)
+            return mean(_Loss(self.loss_fn), network, statistics)
+
+        return loops.map(at, positions)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loss:
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        *rest, batch = args
+        return self.function(*rest, *batch)
+
+
+def evaluate(
+    loss_fn: _batches.LossFn,
+    controls: optax.Params,
+    batches: _batches.Batches = None,
+    *,
+    positions: jax.typing.ArrayLike | None = None,
+    basis: Basis = bezier,
+    statistics_fn: Callable[..., Any] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    r"""The loss, or the error, along a curve.
+
+    Args:
+      loss_fn: loss or error, `loss_fn(params, batch)`, or `loss_fn(params, statistics, batch)` with
+        `statistics_fn`. Static.
+      controls: tree with the control points on a leading axis.
+      batches: the data: a pytree of arrays with the batches on the leading axis, gone through by
+        `lax.scan`; or a list or another iterable of batches, or a function that returns an
+        iterator; or None.
+      positions: [n] in [0, 1]; None: 25 from 0 to 1.
+      basis: `bezier`, `polychain` or another. Static.
+      statistics_fn: `statistics_fn(params, batch)` to a tree of means over the batch, such as those
+        of the inputs and of their squares that BatchNorm needs: averaged over the batches anew at
+        every position, since the statistics of the ends are none of the curve's. Static.
+
+    Returns:
+      Positions and losses.
+
+    Raises:
+      ValueError: if there are no data, or `positions` is no list of numbers.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import curves
+      >>> controls = jnp.array([-1.0, 0.0, 1.0])
+      >>> positions, losses = curves.evaluate(lambda w: w**2, controls, positions=[0.0, 0.5, 1.0])
+      >>> print(losses)
+      [1. 0. 1.]
+
+    References:
+      Garipov, Izmailov, Podoprikhin, Vetrov, Wilson. Loss Surfaces, Mode Connectivity, and Fast
+      Ensembling of DNNs. arXiv:1802.10026
+
+    Notes:
+      Cost: one loss over the data for each position, two with `statistics_fn`. The barrier of the
+      result is `flatopt.measures.barrier_height(positions, losses)`.
+    """
+    places = jnp.linspace(0.0, 1.0, 25) if positions is None else jnp.asarray(positions, float)
+    if places.ndim != 1 or not places.size:
+        raise ValueError(f"positions has shape {places.shape}: it must be a list of numbers.")
+    _batches.first_batch(batches)
+    algorithm = _Evaluate(loss_fn, basis, statistics_fn)
+    return places, _batches.run(algorithm, controls, batches, places)

@@ -1,0 +1,314 @@
+"""Losses on lines and planes through parameter space: numbers first, pictures with `plots`."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flatopt import _batches, _checks, _progress, _random, _tree
+
+
+class Plane(NamedTuple):
+    """A plane in parameter space.
+
+    Attributes:
+      origin: tree like the parameters.
+      directions: two trees like the parameters.
+      coordinates: [n, 2], where the networks that span it lie, or None.
+    """
+
+    origin: optax.Params
+    directions: tuple[optax.Params, optax.Params]
+    coordinates: jax.Array | None = None
+
+
+def random_direction(
+    key: jax.typing.ArrayLike, params: optax.Params, normalization: str = "filter"
+) -> optax.Params:
+    r"""A random direction in units of the parameters.
+
+    .. math:: d_f \leftarrow \|w_f\| \, d_f / \|d_f\|
+
+    Args:
+      key: random key or integer seed. One key gives the same noise for every network of one shape.
+      params: where the direction will start.
+      normalization: "filter": each filter of the direction is as long as that filter of `params`,
+        a filter being what leads to one output unit, the last axis of a kernel; biases and scales
+        do not move. "leaf": one length for each leaf. "none": standard normal. Static.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      ValueError: if `normalization` is unknown.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import landscape
+      >>> direction = landscape.random_direction(0, {"kernel": jnp.array([[3.0], [4.0]])})
+      >>> print(jnp.linalg.norm(direction["kernel"]))
+      5.0
+
+    References:
+      Li, Xu, Taylor, Studer, Goldstein. Visualizing the Loss Landscape of Neural Nets.
+      arXiv:1712.09913
+
+    Notes:
+      Costs no loss. What a picture along it shows does not depend on the scale of the filters.
+    """
+    if normalization not in ("filter", "leaf", "none"):
+        raise ValueError(f"normalization={normalization!r} must be one of filter, leaf, none.")
+
+    def leaf(noise: jax.Array, param: jax.Array) -> jax.Array:
+        if normalization == "none":
+            return noise
+        if normalization == "filter" and param.ndim < 2:
+            return jnp.zeros_like(param)
+        axes = tuple(range(param.ndim - 1)) if normalization == "filter" else None
+        lengths = [jnp.sqrt(jnp.sum(x**2, axes, keepdims=True)) for x in (param, noise)]
+        return noise * (lengths[0] / (lengths[1] + _tree.EPSILON)).astype(noise.dtype)
+
+    noise = optax.tree.random_like(_random.as_key(key), params, jax.random.normal)
+    return jax.tree.map(leaf, noise, params)
+
+
+def plane_through(first: optax.Params, second: optax.Params, third: optax.Params) -> Plane:
+    r"""The plane through three networks, with orthonormal directions.
+
+    .. math:: u = \frac{w_2 - w_1}{\|w_2 - w_1\|}, \qquad
+       v \propto (w_3 - w_1) - \langle w_3 - w_1, u \rangle u
+
+    Args:
+      first: the origin.
+      second: the network to which the first direction leads.
+      third: the third network.
+
+    Returns:
+      `Plane` with the coordinates of the three, in units of Euclidean distance.
+
+    Raises:
+      ValueError: outside `jax.jit`, if the three lie on one line.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import landscape
+      >>> corners = [jnp.array(x) for x in ([0.0, 0.0], [3.0, 0.0], [3.0, 4.0])]
+      >>> print(landscape.plane_through(*corners).coordinates)
+      [[0. 0.]
+       [3. 0.]
+       [3. 4.]]
+
+    References:
+      Garipov, Izmailov, Podoprikhin, Vetrov, Wilson. Loss Surfaces, Mode Connectivity, and Fast
+      Ensembling of DNNs. arXiv:1802.10026
+
+    Notes:
+      Costs no loss. Distances in the picture are true distances.
+    """
+    to_second, to_third = optax.tree.sub(second, first), optax.tree.sub(third, first)
+    length = _tree.norm(to_second)
+    u = _tree.scale(1 / (length + _tree.EPSILON), to_second)
+    along = _tree.vdot(u, to_third)
+    rest = jax.tree.map(lambda x, y: x - (along * y).astype(x.dtype), to_third, u)
+    height = _tree.norm(rest)
+    spread = jnp.stack([length, height])
+    if not isinstance(spread, jax.core.Tracer) and not height > 1e-6 * (length + jnp.abs(along)):
+        raise ValueError("The three networks lie on one line: they span no plane.")
+    v = _tree.scale(1 / (height + _tree.EPSILON), rest)
+    zero = jnp.zeros_like(length)
+    corners = jnp.stack(
+        [jnp.stack([zero, zero]), jnp.stack([length, zero]), jnp.stack([along, height])]
+    )
+    return Plane(first, (u, v), corners)
+
+
+def project(params: optax.Params, plane: Plane) -> jax.Array:
+    r"""The coordinates of a network's projection onto a plane, by least squares.
+
+    Args:
+      params: tree like the plane's origin; with a leading axis under `jax.vmap` (a trajectory).
+      plane: the plane; its directions need not be orthogonal.
+
+    Returns:
+      [2] coordinates.
+
+    Raises:
+      ValueError: if the trees differ in structure.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import landscape
+      >>> plane = landscape.Plane(jnp.zeros(3), (jnp.array([1.0, 0, 0]), jnp.array([0, 2.0, 0])))
+      >>> print(landscape.project(jnp.array([3.0, 4.0, 5.0]), plane))
+      [3. 2.]
+
+    Notes:
+      Costs no loss.
+    """
+    offset = optax.tree.sub(params, plane.origin)
+    u, v = plane.directions
+    gram = jnp.stack([jnp.stack([_tree.vdot(a, b) for b in (u, v)]) for a in (u, v)])
+    return jnp.linalg.solve(gram, jnp.stack([_tree.vdot(u, offset), _tree.vdot(v, offset)]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loss:
+    loss_fn: _batches.LossFn
+
+    def __call__(self, params: Any, batch: tuple[Any, ...]) -> jax.Array:
+        return self.loss_fn(params, *batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """Losses at `origin + sum of coordinates times directions`, for a list of coordinates."""
+
+    loss_fn: _batches.LossFn
+    chunk: int | None
+
+    def __call__(
+        self,
+        mean: _batches.Mean,
+        loops: _batches.Loops,
+        params: Any,
+        directions: tuple[Any, ...],
+        coordinates: jax.Array,
+    ) -> jax.Array:
+        def at(coordinate: jax.Array) -> jax.Array:
+            place = params
+            for number, direction in enumerate(directions):
+                share = coordinate[number]
+                place = jax.tree.map(
+                    lambda w, d, share=share: w + (share * d).astype(w.dtype), place, direction
+                )
+            return mean(_Loss(self.loss_fn), place)
+
+        if self.chunk is not None and loops.compiled:
+            return jax.lax.map(at, coordinates, batch_size=self.chunk)
+        return loops.map(at, coordinates)
+
+
+def line(
+    loss_fn: _batches.LossFn,
+    params: optax.Params,
+    direction: optax.Params,
+    batches: _batches.Batches = None,
+    *,
+    positions: jax.typing.ArrayLike | None = None,
+    chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    r"""The loss along a line.
+
+    .. math:: t \mapsto L(w + t d)
+
+    Args:
+      loss_fn: loss or error, `loss_fn(params, batch)`; `loss_fn(params)` if `batches` is None.
+        Static.
+      params: w.
+      direction: d, a tree like `params`: `random_direction`, an eigenvector, a difference.
+      batches: the data: a pytree of arrays with the batches on the leading axis, gone through by
+        `lax.scan`; or a list or another iterable of batches, or a function that returns an
+        iterator; or None.
+      positions: [n]; None: 25 from -1 to 1.
+      chunk: how many positions to evaluate at once; None: one. More is faster on accelerators, and
+        takes as many copies of the parameters. Static.
+
+    Returns:
+      Positions and losses.
+
+    Raises:
+      ValueError: if there are no data, or an argument is out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import landscape
+      >>> w, direction = jnp.zeros(2), jnp.array([1.0, 2.0])
+      >>> _, losses = landscape.line(
+      ...     lambda w: jnp.sum(w**2), w, direction, positions=[0.0, 1.0, 2.0]
+      ... )
+      >>> print(losses)
+      [ 0.  5. 20.]
+
+    References:
+      Goodfellow, Vinyals, Saxe. Qualitatively Characterizing Neural Network Optimization Problems.
+      arXiv:1412.6544
+
+    Notes:
+      Cost: one loss over the data for each position. What overflows comes back as inf or NaN.
+    """
+    places = jnp.linspace(-1.0, 1.0, 25) if positions is None else jnp.asarray(positions, float)
+    if places.ndim != 1 or not places.size:
+        raise ValueError(f"positions has shape {places.shape}: it must be a list of numbers.")
+    _checks.check_count("chunk", chunk, 1)
+    _batches.first_batch(batches)
+    grid = _Grid(loss_fn, chunk)
+    return places, _batches.run(grid, params, batches, (direction,), places[:, None])
+
+
+def plane(
+    loss_fn: _batches.LossFn,
+    where: Plane,
+    batches: _batches.Batches = None,
+    *,
+    xs: Sequence[float] | jax.typing.ArrayLike,
+    ys: Sequence[float] | jax.typing.ArrayLike,
+    chunk: int | None = None,
+    progress: bool = False,
+) -> jax.Array:
+    r"""The loss on a grid in a plane.
+
+    .. math:: (x, y) \mapsto L(w + x u + y v)
+
+    Args:
+      loss_fn: loss or error; see `line`. Static.
+      where: the plane: `plane_through(...)`, or `Plane(params, (u, v))` with two eigenvectors or
+        two random directions.
+      batches: the data; see `line`.
+      xs: [n] coordinates in the first direction.
+      ys: [m] coordinates in the second direction.
+      chunk: how many points to evaluate at once; None: one. Static.
+      progress: whether to show a progress bar, one step a row (needs tqdm; not under `jax.jit`).
+
+    Returns:
+      [m, n] losses: row i belongs to `ys[i]`.
+
+    Raises:
+      ValueError: if there are no data, or an argument is out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import landscape
+      >>> where = landscape.Plane(jnp.zeros(2), (jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])))
+      >>> losses = landscape.plane(lambda w: jnp.sum(w**2), where, xs=[0.0, 1.0], ys=[0.0, 2.0])
+      >>> print(losses)
+      [[0. 1.]
+       [4. 5.]]
+
+    References:
+      Li, Xu, Taylor, Studer, Goldstein. Visualizing the Loss Landscape of Neural Nets.
+      arXiv:1712.09913
+
+    Notes:
+      Cost: one loss over the data for each point. What overflows comes back as inf or NaN.
+    """
+    columns, rows = jnp.asarray(xs, float), jnp.asarray(ys, float)
+    for name, values in (("xs", columns), ("ys", rows)):
+        if values.ndim != 1 or not values.size:
+            raise ValueError(f"{name} has shape {values.shape}: it must be a list of numbers.")
+    _checks.check_count("chunk", chunk, 1)
+    _batches.first_batch(batches)
+    grid = _Grid(loss_fn, chunk)
+
+    def losses(points: jax.Array) -> jax.Array:
+        return _batches.run(grid, where.origin, batches, where.directions, points)
+
+    def row(y: jax.Array) -> jax.Array:
+        return jnp.stack([columns, jnp.full_like(columns, y)], axis=1)
+
+    if progress:
+        return jnp.stack([losses(row(y)) for y in _progress.bar(rows, "landscape", progress)])
+    points = jnp.concatenate([row(y) for y in rows])
+    return losses(points).reshape((len(rows), len(columns)))

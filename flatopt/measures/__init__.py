@@ -1,0 +1,36 @@
+"""Measures of flatness: pure functions of a loss, parameters and data."""
+
+from flatopt.measures._barrier import Barrier as Barrier
+from flatopt.measures._barrier import barrier_height as barrier_height
+from flatopt.measures._barrier import linear_barrier as linear_barrier
+from flatopt.measures._density import SpectralDensity as SpectralDensity
+from flatopt.measures._density import spectral_density as spectral_density
+from flatopt.measures._geodesic import geodesic as geodesic
+from flatopt.measures._geodesic import geodesic_barrier as geodesic_barrier
+from flatopt.measures._gradients import fisher_trace as fisher_trace
+from flatopt.measures._gradients import gradient_norm as gradient_norm
+from flatopt.measures._keskar import keskar_sharpness as keskar_sharpness
+from flatopt.measures._lanczos import Eigenvalues as Eigenvalues
+from flatopt.measures._lanczos import top_eigenvalues as top_eigenvalues
+from flatopt.measures._noise import LocalEnergy as LocalEnergy
+from flatopt.measures._noise import LocalEntropy as LocalEntropy
+from flatopt.measures._noise import PacBayesSigma as PacBayesSigma
+from flatopt.measures._noise import local_energy as local_energy
+from flatopt.measures._noise import local_entropy_estimate as local_entropy_estimate
+from flatopt.measures._noise import pac_bayes_sigma as pac_bayes_sigma
+from flatopt.measures._products import gauss_newton_vector_product as gauss_newton_vector_product
+from flatopt.measures._products import hessian_vector_product as hessian_vector_product
+from flatopt.measures._quantise import quantisation_gap as quantisation_gap
+from flatopt.measures._quantise import quantise as quantise
+from flatopt.measures._results import Estimate as Estimate
+from flatopt.measures._sharpness import adaptive_sharpness as adaptive_sharpness
+from flatopt.measures._sharpness import sam_sharpness as sam_sharpness
+from flatopt.measures._similarity import cka as cka
+from flatopt.measures._similarity import prediction_disagreement as prediction_disagreement
+from flatopt.measures._symmetry import Alignment as Alignment
+from flatopt.measures._symmetry import Units as Units
+from flatopt.measures._symmetry import align_units as align_units
+from flatopt.measures._symmetry import chain_units as chain_units
+from flatopt.measures._symmetry import rescale_units as rescale_units
+from flatopt.measures._trace import Trace as Trace
+from flatopt.measures._trace import trace as trace

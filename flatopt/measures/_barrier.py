@@ -1,0 +1,176 @@
+"""The barrier of the loss on the way from one network to another."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flatopt import _batches, _checks
+from flatopt.measures import _variables
+from flatopt.measures._variables import Variables
+
+
+class Barrier(NamedTuple):
+    """Result of `linear_barrier` and `geodesic_barrier`.
+
+    Attributes:
+      height: the largest rise of the loss above the straight line between its ends' values; 0 if
+        there is none.
+      positions: [num_points], from 0 to 1.
+      losses: [num_points].
+    """
+
+    height: jax.Array
+    positions: jax.Array
+    losses: jax.Array
+
+
+def barrier_height(positions: jax.Array, losses: jax.Array) -> jax.Array:
+    r"""The largest rise of a profile of losses above the line between its ends.
+
+    .. math:: \max_t \, L(t) - (1 - t) L(0) - t L(1)
+
+    Args:
+      positions: [n], rising from the first end to the second.
+      losses: [n].
+
+    Returns:
+      A scalar >= 0; NaN if a loss is NaN.
+
+    Raises:
+      ValueError: if the two differ in shape or have fewer than two entries.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import measures
+      >>> profile = jnp.array([1.0, 4.0, 2.0])
+      >>> print(measures.barrier_height(jnp.linspace(0.0, 1.0, 3), profile))
+      2.5
+
+    References:
+      Frankle, Dziugaite, Roy, Carbin. Linear Mode Connectivity and the Lottery Ticket Hypothesis.
+      arXiv:1912.05671
+
+    Notes:
+      For a curve's losses too, such as those of `flatopt.curves.evaluate`. Costs nothing.
+    """
+    positions, losses = jnp.asarray(positions), jnp.asarray(losses)
+    if positions.shape != losses.shape or positions.ndim != 1 or len(positions) < 2:
+        raise ValueError(
+            f"positions and losses have shapes {positions.shape} and {losses.shape}: both need the "
+            "same one axis of at least two points."
+        )
+    share = (positions - positions[0]) / (positions[-1] - positions[0])
+    return jnp.max(losses - (1 - share) * losses[0] - share * losses[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Losses along a path from `params` to `other`.
+
+    Attributes:
+      loss_fn: the loss.
+      variables: all leaves.
+      path: function of both trees and a position, as a hashable object.
+    """
+
+    loss_fn: _batches.LossFn
+    variables: Variables
+    path: Any
+
+    def __call__(
+        self,
+        mean: _batches.Mean,
+        loops: _batches.Loops,
+        params: Any,
+        other: Any,
+        positions: jax.Array,
+    ) -> jax.Array:
+        """Returns the loss at each position."""
+        function = _variables.Loss(self.loss_fn, self.variables)
+
+        def at(position: jax.Array) -> jax.Array:
+            place = self.path(params, other, position)
+            return mean(function, place, self.variables.take(place))
+
+        return loops.map(at, positions)
+
+
+def straight(params: Any, other: Any, position: jax.Array) -> Any:
+    """The point of the line between two trees; leaves that are no floats are those of `params`."""
+
+    def leaf(a: Any, b: Any) -> Any:
+        if not jnp.issubdtype(jnp.result_type(a), jnp.inexact):
+            return a
+        return ((1 - position) * a + position * b).astype(a.dtype)
+
+    return jax.tree.map(leaf, params, other)
+
+
+def profile(
+    loss_fn: _batches.LossFn,
+    params: Any,
+    other_params: Any,
+    batches: _batches.Batches,
+    num_points: int,
+    path: Any,
+) -> Barrier:
+    """Checks the arguments, and takes the losses along `path` and their barrier."""
+    _checks.check_count("num_points", num_points, 2)
+    _variables.check_alike("other_params", other_params, params)
+    variables = _variables.prepare(loss_fn, params, batches, None)
+    _variables.prepare(loss_fn, other_params, batches, None)
+    positions = jnp.linspace(0.0, 1.0, num_points)
+    algorithm = Profile(loss_fn, variables, path)
+    losses = _batches.run(algorithm, params, batches, other_params, positions)
+    return Barrier(barrier_height(positions, losses), positions, losses)
+
+
+def linear_barrier(
+    loss_fn: _batches.LossFn,
+    params: optax.Params,
+    other_params: optax.Params,
+    batches: _batches.Batches = None,
+    *,
+    num_points: int = 25,
+) -> Barrier:
+    r"""The rise of the loss, or of the error, on the straight line between two networks.
+
+    .. math:: \max_{t \in [0, 1]} \, L((1 - t) w + t w') - (1 - t) L(w) - t L(w')
+
+    Args:
+      loss_fn: loss or error, `loss_fn(params, batch)`; `loss_fn(params)` if `batches` is None.
+        Static.
+      params: the first network.
+      other_params: the second network.
+      batches: the data; see `hessian_vector_product`.
+      num_points: equally spaced points of the line, >= 2, ends included. Static.
+
+    Returns:
+      `Barrier`: height, positions and losses.
+
+    Raises:
+      ValueError: if the two networks have different shapes, an argument is out of range, the loss
+        is no scalar, not finite at an end outside `jax.jit`, or fails on a batch, or there are no
+        data.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import measures
+      >>> def loss_fn(w):
+      ...     return jnp.sum((w**2 - 1) ** 2)  # Minima at 1 and -1, a barrier between them.
+      >>> print(measures.linear_barrier(loss_fn, jnp.ones(2), -jnp.ones(2)).height)
+      2.0
+
+    References:
+      Frankle, Dziugaite, Roy, Carbin. Linear Mode Connectivity and the Lottery Ticket Hypothesis.
+      arXiv:1912.05671
+
+    Notes:
+      Cost: `num_points` losses over the data. Networks trained from different starts differ by a
+      permutation of their units too: align them first, with `align_units`. BatchNorm statistics on
+      the line are neither end's: recompute them in `loss_fn`, or the barrier is theirs.
+    """
+    return profile(loss_fn, params, other_params, batches, num_points, straight)

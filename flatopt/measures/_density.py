@@ -1,0 +1,171 @@
+"""The density of the spectrum by stochastic Lanczos quadrature."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flatopt import _batches, _checks, _random
+from flatopt.measures import _basis, _lanczos, _products
+from flatopt.measures._products import GaussNewtonProduct, HessianProduct
+from flatopt.measures._variables import Mask, dimension
+
+# Half-width of the grid beyond the outermost nodes, in standard deviations of the smoothing.
+_MARGIN = 5.0
+
+
+class SpectralDensity(NamedTuple):
+    """Result of `spectral_density`.
+
+    Attributes:
+      grid: [grid_size], equally spaced, from below the least node to above the largest.
+      density: [grid_size], share of the eigenvalues per unit length, smoothed; its integral is 1.
+      standard_error: [grid_size], of `density`, over the probes; NaN for one probe.
+      nodes: [num_probes, num_steps], Ritz values.
+      weights: [num_probes, num_steps], >= 0; each row sums to 1. Moment p of the spectrum,
+        `trace(H^p) / n`, is `jnp.mean(jnp.sum(weights * nodes**p, axis=1))`.
+      width: standard deviation of the Gaussian that smooths each node.
+    """
+
+    grid: jax.Array
+    density: jax.Array
+    standard_error: jax.Array
+    nodes: jax.Array
+    weights: jax.Array
+    width: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Density:
+    product: HessianProduct | GaussNewtonProduct
+    num_probes: int
+    num_steps: int
+    grid_size: int
+    width: float | None
+
+    def __call__(
+        self, mean: _batches.Mean, loops: _batches.Loops, params: Any, key: jax.Array
+    ) -> SpectralDensity:
+        point = self.product.variables.take(params)
+        probe_key, step_key = jax.random.split(key)
+        probes = self._probes(probe_key, point)
+
+        def one(start: Any) -> tuple[jax.Array, jax.Array]:
+            process = _lanczos.explore(
+                lambda vector: mean(self.product, params, point, vector),
+                start,
+                self.num_steps,
+                step_key,
+                loops,
+            )
+            pairs = _lanczos.ritz(process)
+            # After NaN the process stops early: then nothing of it is a spectrum.
+            known = jnp.where(process.size == self.num_steps, 1.0, jnp.nan)
+            return pairs.values * known, pairs.rotation[0] ** 2 * known
+
+        nodes, weights = loops.map(one, probes)
+        return self._smooth(nodes, weights)
+
+    def _probes(self, key: jax.Array, point: Any) -> Any:
+        """Random orthonormal probes: each is uniform on the sphere, and they repel one another."""
+        normals = jax.lax.map(
+            lambda k: _basis.random_normal(k, point), jax.random.split(key, self.num_probes)
+        )
+        return _basis.orthonormalise(normals, key)[0]
+
+    def _smooth(self, nodes: jax.Array, weights: jax.Array) -> SpectralDensity:
+        low, high = jnp.min(nodes), jnp.max(nodes)
+        span = high - low
+        narrow = 0.01 * span + 1e-3 * jnp.maximum(jnp.abs(high), jnp.abs(low)) + _basis.TINY
+        width = narrow if self.width is None else jnp.asarray(self.width, nodes.dtype)
+        margin = _MARGIN * width
+        grid = low - margin + (span + 2 * margin) * jnp.linspace(0.0, 1.0, self.grid_size)
+
+        def at(position: jax.Array) -> jax.Array:
+            bumps = jnp.exp(-0.5 * ((position - nodes) / width) ** 2)
+            return jnp.sum(weights * bumps, axis=1) / (width * jnp.sqrt(2 * jnp.pi))
+
+        by_probe = jax.lax.map(at, grid)  # [grid_size, num_probes]
+        error = jnp.full(self.grid_size, jnp.nan, nodes.dtype)
+        if self.num_probes > 1:
+            error = jnp.std(by_probe, axis=1, ddof=1) / self.num_probes**0.5
+        return SpectralDensity(grid, jnp.mean(by_probe, axis=1), error, nodes, weights, width)
+
+
+def spectral_density(
+    loss_fn: _batches.LossFn,
+    params: optax.Params,
+    batches: _batches.Batches = None,
+    *,
+    num_probes: int | None = None,
+    num_steps: int | None = None,
+    grid_size: int = 512,
+    width: float | None = None,
+    key: jax.typing.ArrayLike = 0,
+    output_loss: _products.OutputLoss | None = None,
+    mask: Mask = None,
+) -> SpectralDensity:
+    r"""The density of the Hessian's eigenvalues, by stochastic Lanczos quadrature.
+
+    .. math:: \phi(t) = \tfrac1n \sum_i \delta(t - \lambda_i) \approx
+       \tfrac1p \sum_{j=1}^{p} \sum_{m} \tau_{jm} \, \mathcal N(t; \theta_{jm}, \text{width}^2)
+
+    with the eigenvalues and squared first components of the tridiagonal matrices that p random
+    start vectors give.
+
+    Args:
+      loss_fn: scalar loss, or, with `output_loss`, the model; see `top_eigenvalues`. Static.
+      params: where to take the Hessian.
+      batches: the data; see `hessian_vector_product`.
+      num_probes: p, number of random probes, in [1, number of parameters]; None means 8 or that
+        number if it is less. As many probes as parameters, with as many steps, make the moments
+        exact. Static.
+      num_steps: Lanczos steps a probe, in [1, number of parameters]; None means 64 or that number
+        if it is less. Static.
+      grid_size: points of the grid, >= 2. Static.
+      width: standard deviation of the smoothing, > 0, in units of eigenvalues; None means one
+        hundredth of the span of the nodes. Static.
+      key: random key or integer seed for the probes.
+      output_loss: None for the Hessian, else the Gauss-Newton matrix; see `top_eigenvalues`.
+        Static.
+      mask: which leaves to vary; see `hessian_vector_product`. Static.
+
+    Returns:
+      `SpectralDensity`: grid, density with its standard error, Ritz values and weights.
+
+    Raises:
+      ValueError: if an argument is out of range, the loss is no scalar, not finite outside
+        `jax.jit`, or fails on a batch, or there are no data.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import measures
+      >>> def loss_fn(w):
+      ...     return 0.5 * jnp.sum(jnp.array([1.0, 2.0, 6.0]) * w**2)
+      >>> result = measures.spectral_density(loss_fn, jnp.ones(3), num_probes=3)
+      >>> mean_eigenvalue = jnp.mean(jnp.sum(result.weights * result.nodes, axis=1))
+      >>> print(f"{mean_eigenvalue:.4f}")
+      3.0000
+
+    References:
+      Ubaru, Chen, Saad. Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature. SIAM Journal
+      on Matrix Analysis and Applications 38(4), 2017. Ghorbani, Krishnan, Xiao. An Investigation
+      into Neural Net Optimization via Hessian Eigenvalue Density. arXiv:1901.10159
+
+    Notes:
+      Cost: `num_probes * num_steps` Hessian-vector products. Memory: `num_steps + num_probes`
+      copies of the varied parameters. The probes are orthonormal, which lowers the variance.
+    """
+    product = _products.prepare(loss_fn, params, batches, mask, output_loss)
+    size = dimension(product.variables.take(params))
+    probes = min(8, size) if num_probes is None else num_probes
+    steps = min(64, size) if num_steps is None else num_steps
+    _basis.check_at_most_dimension("num_probes", probes, size)
+    _basis.check_at_most_dimension("num_steps", steps, size)
+    _checks.check_count("grid_size", grid_size, 2)
+    if width is not None and not width > 0:
+        raise ValueError(f"width={width!r} is out of range: it must be above 0.")
+    algorithm = _Density(product, probes, steps, grid_size, width)
+    return _batches.run(algorithm, params, batches, _random.as_key(key))

@@ -1,0 +1,182 @@
+"""Geodesics between networks whose units are normalised: paths that no rescaling bends."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flatopt import _batches
+from flatopt.measures import _barrier, _symmetry, _variables
+from flatopt.measures._barrier import Barrier
+from flatopt.measures._symmetry import Units
+
+_SMALL = 1e-3  # Angles below which the arc is a straight line to rounding.
+
+
+def geodesic(
+    params: optax.Params,
+    other_params: optax.Params,
+    position: jax.typing.ArrayLike,
+    units: Sequence[Units],
+) -> optax.Params:
+    r"""A point of the path that turns every hidden unit along the shortest arc.
+
+    .. math:: v(t) = \ell(t) \, \frac{\sin((1 - t) \theta) \, u + \sin(t \theta) \, u'}
+       {\sin \theta}, \qquad \cos \theta = u \cdot u'
+
+    with u and u' the unit vectors of the two networks' incoming weights of one hidden unit, bias
+    included, and a length that goes linearly from one to the other. All weights that lead to no
+    hidden unit (the output layer) turn together as one vector. Between networks rescaled with
+    `rescale_units` this is the geodesic on a product of spheres.
+
+    Args:
+      params: the first network.
+      other_params: the second network.
+      position: in [0, 1], 0 at the first.
+      units: the hidden units: `chain_units(params)`. Static.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      ValueError: if the networks differ in shape, or `units` does not fit them.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import _batches, measures
+      >>> def network(a, b):
+      ...     return {"a": {"kernel": jnp.array(a)[:, None]}, "b": {"kernel": jnp.array([[b]])}}
+      >>> first, second = network([1.0, 0.0], 2.0), network([0.0, 1.0], 4.0)
+      >>> middle = measures.geodesic(first, second, 0.5, measures.chain_units(first))
+      >>> print(middle["a"]["kernel"].ravel(), middle["b"]["kernel"].ravel())
+      [0.707 0.707] [3.]
+
+    References:
+      Pittorino, Ferraro, Perugini, Feinauer, Baldassi, Zecchina. Deep Networks on Toroids: Removing
+      Symmetries Reveals the Structure of Flat Regions in the Landscape Geometry. arXiv:2202.03038
+
+    Notes:
+      Costs no loss. Rescale and align both networks first.
+    """
+    _variables.check_alike("other_params", other_params, params)
+    ours, theirs = _symmetry.by_path(params), _symmetry.by_path(other_params)
+    result = dict(ours)
+    inside = set()
+    t = jnp.asarray(position)
+    for group in units:
+        _symmetry.check_slots(ours, group)
+        inside |= {path for path, _ in group.incoming}
+        first_weight, second_weight = _arc(
+            _sum(group.incoming, ours, ours),
+            _sum(group.incoming, theirs, theirs),
+            _sum(group.incoming, ours, theirs),
+            t,
+        )
+        for path, axis in group.incoming:
+            a, b = ours[path], theirs[path]
+            first = _symmetry.along(first_weight, a, axis)
+            second = _symmetry.along(second_weight, a, axis)
+            result[path] = first * a + second * b
+    rest = [path for path in ours if path not in inside]
+    if rest:
+        slots = tuple((path, None) for path in rest)
+        first_weight, second_weight = _arc(
+            _sum(slots, ours, ours), _sum(slots, theirs, theirs), _sum(slots, ours, theirs), t
+        )
+        for path in rest:
+            first, second = (w.astype(ours[path].dtype) for w in (first_weight, second_weight))
+            result[path] = first * ours[path] + second * theirs[path]
+    return jax.tree.unflatten(jax.tree.structure(params), list(result.values()))
+
+
+def _sum(slots: Sequence[tuple[str, int | None]], x: Any, y: Any) -> jax.Array:
+    """Scalar products over leaves: one for each index of the axis, or one in all."""
+    terms = [
+        jnp.sum(x[p] * y[p]) if axis is None else _symmetry.sum_others(x[p] * y[p], axis)
+        for p, axis in slots
+    ]
+    return jnp.sum(jnp.stack(terms), axis=0)
+
+
+def _arc(
+    square: jax.Array, other_square: jax.Array, product: jax.Array, t: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The weights of the two vectors at t, from their squared lengths and scalar product."""
+    lengths = jnp.sqrt(square), jnp.sqrt(other_square)
+    both = lengths[0] * lengths[1]
+    known = both > 0
+    cosine = jnp.clip(product / jnp.where(known, both, 1.0), -1.0, 1.0)
+    angle = jnp.arccos(cosine)
+    # Parallel, opposite or missing directions have no shortest arc of their own: a straight line.
+    curved = known & (angle > _SMALL) & (angle < jnp.pi - _SMALL)
+    safe = jnp.where(curved, angle, 1.0)
+    length = (1 - t) * lengths[0] + t * lengths[1]
+    first = length * jnp.sin((1 - t) * safe) / (jnp.sin(safe) * jnp.where(known, lengths[0], 1.0))
+    second = length * jnp.sin(t * safe) / (jnp.sin(safe) * jnp.where(known, lengths[1], 1.0))
+    return jnp.where(curved, first, 1 - t), jnp.where(curved, second, t)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Path:
+    units: tuple[Units, ...]
+
+    def __call__(self, params: Any, other: Any, position: jax.Array) -> Any:
+        return geodesic(params, other, position, self.units)
+
+
+def geodesic_barrier(
+    loss_fn: _batches.LossFn,
+    params: optax.Params,
+    other_params: optax.Params,
+    batches: _batches.Batches = None,
+    *,
+    units: Sequence[Units],
+    num_points: int = 25,
+) -> Barrier:
+    r"""The rise of the loss, or of the error, on the geodesic between two networks.
+
+    .. math:: \max_{t \in [0, 1]} \, L(w(t)) - (1 - t) L(w) - t L(w')
+
+    Args:
+      loss_fn: loss or error, `loss_fn(params, batch)`; `loss_fn(params)` if `batches` is None.
+        Static.
+      params: the first network.
+      other_params: the second network.
+      batches: the data; see `hessian_vector_product`.
+      units: the hidden units: `chain_units(params)`. Static.
+      num_points: points of the path, >= 2, ends included. Static.
+
+    Returns:
+      `Barrier`: height, positions and losses.
+
+    Raises:
+      ValueError: as `linear_barrier`, or if `units` does not fit the networks.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import measures
+      >>> def network(a):
+      ...     return {"a": {"kernel": jnp.array(a)[:, None]}, "b": {"kernel": jnp.ones((1, 1))}}
+      >>> def loss_fn(p):
+      ...     return (jnp.sum(p["a"]["kernel"] ** 2) - 1) ** 2  # Zero on the circle.
+      >>> first, second = network([1.0, 0.0]), network([0.0, 1.0])
+      >>> straight = measures.linear_barrier(loss_fn, first, second)
+      >>> arc = measures.geodesic_barrier(
+      ...     loss_fn, first, second, units=measures.chain_units(first)
+      ... )
+      >>> print(f"{straight.height:.3f} {arc.height:.3f}")
+      0.250 0.000
+
+    References:
+      Pittorino, Ferraro, Perugini, Feinauer, Baldassi, Zecchina. Deep Networks on Toroids.
+      arXiv:2202.03038
+
+    Notes:
+      Cost: `num_points` losses over the data. Rescale (`rescale_units`) and align (`align_units`)
+      both networks first.
+    """
+    path = _Path(tuple(units))
+    return _barrier.profile(loss_fn, params, other_params, batches, num_points, path)

@@ -1,0 +1,200 @@
+"""How alike two networks are: features (CKA) and predictions."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flatopt import _batches, _tree
+from flatopt.measures import _variables
+
+FEWEST = 4  # The unbiased estimate divides by n - 3.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dependences:
+    """HSIC of the first with the second network's features, and of each with itself."""
+
+    first: Callable[..., jax.Array]
+    second: Callable[..., jax.Array]
+
+    def __call__(self, params: Any, other: Any, batch: tuple[Any, ...]) -> jax.Array:
+        a, b = (_kernel(f(p, *batch)) for f, p in ((self.first, params), (self.second, other)))
+        return jnp.stack([_hsic(a, b), _hsic(a, a), _hsic(b, b)])
+
+
+def _kernel(features: jax.Array) -> jax.Array:
+    """Scalar products of the examples, without those of an example with itself."""
+    flat = features.reshape((features.shape[0], -1))
+    flat = flat.astype(_tree.accumulator_dtype(jnp.promote_types(flat.dtype, jnp.float32)))
+    # The estimate does not change when all features are moved; small numbers lose fewer digits.
+    flat = flat - jnp.mean(flat, axis=0, keepdims=True)
+    gram = jnp.matmul(flat, flat.T, precision=jax.lax.Precision.HIGHEST)
+    return gram * (1 - jnp.eye(len(gram), dtype=gram.dtype))
+
+
+def _hsic(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The unbiased estimate of the Hilbert-Schmidt independence criterion."""
+    n = len(a)
+    total_a, total_b = jnp.sum(a), jnp.sum(b)
+    both = jnp.sum(jnp.sum(a, axis=0) * jnp.sum(b, axis=0))
+    value = jnp.sum(a * b) + total_a * total_b / ((n - 1) * (n - 2)) - 2 * both / (n - 2)
+    return value / (n * (n - 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cka:
+    function: _Dependences
+
+    def __call__(
+        self, mean: _batches.Mean, loops: _batches.Loops, params: Any, other: Any
+    ) -> jax.Array:
+        del loops
+        cross, first, second = mean(self.function, params, other)
+        return cross / jnp.sqrt(first * second)
+
+
+def cka(
+    features_fn: Callable[..., jax.Array],
+    params: optax.Params,
+    other_params: optax.Params,
+    batches: _batches.Batches,
+    *,
+    other_features_fn: Callable[..., jax.Array] | None = None,
+) -> jax.Array:
+    r"""Linear centred kernel alignment of the features of two networks, over minibatches.
+
+    .. math:: \frac{\sum_b \mathrm{HSIC}_1(K_b, K'_b)}
+       {\sqrt{\sum_b \mathrm{HSIC}_1(K_b, K_b) \, \sum_b \mathrm{HSIC}_1(K'_b, K'_b)}}
+
+    with K the scalar products of the features of the examples of a batch and the unbiased estimate
+    of HSIC, so that the result does not depend on the size of the batches.
+
+    Args:
+      features_fn: the features, `features_fn(params, batch)`, [examples, ...]. Static.
+      params: the first network.
+      other_params: the second network.
+      batches: the data, batches of at least four examples; see `hessian_vector_product`.
+      other_features_fn: features of the second network; None: `features_fn`. Static.
+
+    Returns:
+      A scalar, 1 for features that agree up to rotation, scale and shift, about 0 for unrelated
+      ones; NaN for constant features.
+
+    Raises:
+      ValueError: if a batch has fewer than four examples, the two have different numbers of
+        examples, a function fails on a batch, or there are no data.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import measures
+      >>> def features_fn(w, x):
+      ...     return x @ w
+      >>> x = jnp.array([[[1.0, 0.0], [0.0, 1.0], [2.0, 1.0], [1.0, 3.0], [0.0, 2.0]]])
+      >>> turned = jnp.array([[0.0, 3.0], [-3.0, 0.0]])
+      >>> print(f"{measures.cka(features_fn, jnp.eye(2), turned, x):.4f}")
+      1.0000
+
+    References:
+      Kornblith, Norouzi, Lee, Hinton. Similarity of Neural Network Representations Revisited.
+      arXiv:1905.00414. Nguyen, Raghu, Kornblith. Do Wide and Deep Networks Learn the Same Things?
+      arXiv:2010.15327
+
+    Notes:
+      Cost: one forward pass of each network, and the square of the batch size times the number of
+      features. Memory: one batch.
+    """
+    other_fn = features_fn if other_features_fn is None else other_features_fn
+    shapes = [
+        _variables.check_evaluates(f, p, batches)
+        for f, p in ((features_fn, params), (other_fn, other_params))
+    ]
+    sizes = [shape.shape[0] if shape.shape else 0 for shape in shapes]
+    if sizes[0] != sizes[1] or sizes[0] < FEWEST:
+        raise ValueError(
+            f"The networks give features of {sizes[0]} and {sizes[1]} examples a batch: cka needs "
+            f"as many of both, and at least {FEWEST}."
+        )
+    return _batches.run(_Cka(_Dependences(features_fn, other_fn)), params, batches, other_params)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Differs:
+    first: Callable[..., jax.Array]
+    second: Callable[..., jax.Array]
+
+    def __call__(self, params: Any, other: Any, batch: tuple[Any, ...]) -> jax.Array:
+        outputs = self.first(params, *batch), self.second(other, *batch)
+        differs = jnp.argmax(outputs[0], axis=-1) != jnp.argmax(outputs[1], axis=-1)
+        finite = jnp.all(jnp.isfinite(outputs[0])) & jnp.all(jnp.isfinite(outputs[1]))
+        # The largest of NaN is no prediction.
+        return jnp.where(finite, jnp.mean(differs, dtype=jnp.result_type(float)), jnp.nan)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Disagreement:
+    function: _Differs
+
+    def __call__(
+        self, mean: _batches.Mean, loops: _batches.Loops, params: Any, other: Any
+    ) -> jax.Array:
+        del loops
+        return mean(self.function, params, other)
+
+
+def prediction_disagreement(
+    model_fn: Callable[..., jax.Array],
+    params: optax.Params,
+    other_params: optax.Params,
+    batches: _batches.Batches,
+    *,
+    other_model_fn: Callable[..., jax.Array] | None = None,
+) -> jax.Array:
+    r"""The share of examples that two networks classify differently.
+
+    .. math:: \tfrac1n \sum_i \mathbb 1 [\arg\max f(x_i) \ne \arg\max f'(x_i)]
+
+    Args:
+      model_fn: the outputs, `model_fn(params, batch)`, [examples, classes]. Static.
+      params: the first network.
+      other_params: the second network.
+      batches: the data; see `hessian_vector_product`.
+      other_model_fn: outputs of the second network; None: `model_fn`. Static.
+
+    Returns:
+      A scalar in [0, 1]; NaN where an output is not finite.
+
+    Raises:
+      ValueError: if the outputs have different shapes, a function fails on a batch, or there are no
+        data.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import measures
+      >>> def model_fn(w, x):
+      ...     return x * w[None]
+      >>> x = jnp.array([[[1.0, 2.0], [3.0, 1.0], [5.0, 1.0]]])
+      >>> print(measures.prediction_disagreement(model_fn, jnp.ones(2), jnp.array([1.0, 4.0]), x))
+      0.33333334
+
+    References:
+      Fort, Hu, Lakshminarayanan. Deep Ensembles: A Loss Landscape Perspective. arXiv:1912.02757
+
+    Notes:
+      Cost: one forward pass of each network.
+    """
+    other_fn = model_fn if other_model_fn is None else other_model_fn
+    shapes = [
+        _variables.check_evaluates(f, p, batches).shape
+        for f, p in ((model_fn, params), (other_fn, other_params))
+    ]
+    if shapes[0] != shapes[1] or not shapes[0]:
+        raise ValueError(
+            f"The networks give outputs of shapes {shapes[0]} and {shapes[1]}: they must be equal, "
+            "[examples, classes]."
+        )
+    function = _Differs(model_fn, other_fn)
+    return _batches.run(_Disagreement(function), params, batches, other_params)

@@ -1,0 +1,271 @@
+"""Symmetries of networks, and their removal: permutations and rescalings of hidden units."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.optimize
+
+from flatopt import _checks
+from flatopt.measures import _variables
+
+Slot = tuple[str, int]  # Path of a leaf, such as "params/Dense_0/kernel", and one of its axes.
+
+
+class Units(NamedTuple):
+    """One set of interchangeable hidden units, and where their weights are.
+
+    Attributes:
+      incoming: slots of the weights that lead to the units: kernels by their output axis, biases.
+      outgoing: slots of the weights that lead away from them: kernels by their input axis.
+    """
+
+    incoming: tuple[Slot, ...]
+    outgoing: tuple[Slot, ...]
+
+
+class Alignment(NamedTuple):
+    """Result of `align_units`.
+
+    Attributes:
+      params: the second network with its units permuted.
+      permutations: for each set of units, an int array: entry i is the number of the second
+        network's unit that now stands in place i.
+      sweeps: number of rounds until nothing changed any more.
+    """
+
+    params: optax.Params
+    permutations: tuple[np.ndarray, ...]
+    sweeps: int
+
+
+def chain_units(params: optax.Params, layers: Sequence[str] | None = None) -> tuple[Units, ...]:
+    r"""The hidden units of a plain chain of layers, each leading to the next alone.
+
+    Args:
+      params: tree of nested dicts in Flax's layout: each layer a dict with a "kernel" of shape
+        (..., inputs, outputs) and, if it has one, a "bias" of shape (outputs,).
+      layers: paths of the layers in order, such as "params/Dense_0". None: all layers, sorted by
+        the numbers in their names.
+
+    Returns:
+      One `Units` for every layer but the last.
+
+    Raises:
+      ValueError: if there are fewer than two layers, or one does not fit the next.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import measures
+      >>> params = {
+      ...     "Dense_0": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)},
+      ...     "Dense_1": {"kernel": jnp.ones((5, 2)), "bias": jnp.ones(2)},
+      ... }
+      >>> (units,) = measures.chain_units(params)
+      >>> print(units.incoming, units.outgoing)
+      (('Dense_0/kernel', -1), ('Dense_0/bias', -1)) (('Dense_1/kernel', -2),)
+
+    Notes:
+      Convolutions are such layers; what flattens images between a convolution and a dense layer,
+      skip connections and normalisation layers are not covered: write their `Units` by hand. Costs
+      nothing.
+    """
+    leaves = by_path(params)
+    if layers is None:
+        found = [path.rpartition("/")[0] for path in leaves if path.split("/")[-1] == "kernel"]
+        layers = sorted(found, key=_natural)
+    if len(layers) < 2:
+        raise ValueError(f"layers={list(layers)} has no hidden units: a chain has two or more.")
+    missing = [layer for layer in layers if f"{layer}/kernel" not in leaves]
+    if missing:
+        raise ValueError(f"params has no leaf {missing[0]}/kernel: there are {', '.join(leaves)}.")
+    chain = []
+    for layer, following in itertools.pairwise(layers):
+        kernel, after = leaves[f"{layer}/kernel"], leaves[f"{following}/kernel"]
+        if kernel.ndim < 2 or after.ndim < 2 or kernel.shape[-1] != after.shape[-2]:
+            raise ValueError(
+                f"{layer} with a kernel of shape {kernel.shape} does not lead to {following} with "
+                f"one of shape {after.shape}: name the layers in order, or write Units by hand."
+            )
+        bias = ((f"{layer}/bias", -1),) if f"{layer}/bias" in leaves else ()
+        chain.append(Units(((f"{layer}/kernel", -1), *bias), ((f"{following}/kernel", -2),)))
+    return tuple(chain)
+
+
+def rescale_units(params: optax.Params, units: Sequence[Units]) -> optax.Params:
+    r"""Scales every hidden unit of a ReLU network to incoming weights of length 1.
+
+    .. math:: (w_{in}, b) \leftarrow (w_{in}, b) / c, \quad w_{out} \leftarrow c \, w_{out}, \quad
+       c = \|(w_{in}, b)\|
+
+    The network computes what it did, since :math:`\mathrm{relu}(c z) = c \, \mathrm{relu}(z)`.
+
+    Args:
+      params: the network.
+      units: its hidden units, from the first layer to the last: `chain_units(params)`. Static.
+
+    Returns:
+      A tree like `params`. Units without incoming weights stay as they are.
+
+    Raises:
+      ValueError: if `units` names leaves or axes that `params` does not have.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import measures
+      >>> params = {"a": {"kernel": jnp.array([[3.0], [4.0]])}, "b": {"kernel": jnp.array([[2.0]])}}
+      >>> scaled = measures.rescale_units(params, measures.chain_units(params))
+      >>> print(scaled["a"]["kernel"].ravel(), scaled["b"]["kernel"].ravel())
+      [0.6 0.8] [10.]
+
+    References:
+      Pittorino, Ferraro, Perugini, Feinauer, Baldassi, Zecchina. Deep Networks on Toroids: Removing
+      Symmetries Reveals the Structure of Flat Regions in the Landscape Geometry. arXiv:2202.03038
+
+    Notes:
+      Flatness in units of the weights themselves means little before this: rescaling alone can make
+      a minimum look as sharp as one likes (Dinh, Pascanu, Bengio, Bengio, arXiv:1703.04933). For
+      units whose activation is homogeneous of degree 1. Costs nothing.
+    """
+    leaves = by_path(params)
+    for group in units:
+        check_slots(leaves, group)
+        squares = sum(sum_others(leaves[path] ** 2, axis) for path, axis in group.incoming)
+        length = jnp.sqrt(squares)
+        scale = jnp.where(length > 0, length, 1.0)
+        for path, axis in group.incoming:
+            leaves[path] = leaves[path] / along(scale, leaves[path], axis)
+        for path, axis in group.outgoing:
+            leaves[path] = leaves[path] * along(scale, leaves[path], axis)
+    return jax.tree.unflatten(jax.tree.structure(params), list(leaves.values()))
+
+
+def align_units(
+    params: optax.Params,
+    other_params: optax.Params,
+    units: Sequence[Units],
+    *,
+    max_sweeps: int = 100,
+) -> Alignment:
+    r"""Permutes the hidden units of a second network to match those of the first.
+
+    .. math:: \min_\pi \|w - \pi(w')\|
+
+    over the permutations of each set of units, one set after another until nothing changes.
+
+    Args:
+      params: the first network.
+      other_params: the second network, of the same shapes.
+      units: the hidden units: `chain_units(params)`.
+      max_sweeps: most rounds over the sets of units, >= 1.
+
+    Returns:
+      `Alignment`: the second network permuted, which computes what it did, and the permutations.
+
+    Raises:
+      ValueError: if the networks differ in shape, `units` names leaves or axes that they do not
+        have, a weight is not finite, or it is called under `jax.jit`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import measures
+      >>> def network(a, b):
+      ...     return {"a": {"kernel": jnp.array([a])}, "b": {"kernel": jnp.array(b)[:, None]}}
+      >>> first, second = network([1.0, 5.0], [2.0, 7.0]), network([5.1, 0.9], [7.0, 2.0])
+      >>> result = measures.align_units(first, second, measures.chain_units(first))
+      >>> print(result.params["a"]["kernel"], result.permutations[0])
+      [[0.9 5.1]] [1 0]
+
+    References:
+      Ainsworth, Hayase, Srinivasa. Git Re-Basin: Merging Models modulo Permutation Symmetries.
+      arXiv:2209.04836. The assignment is SciPy's `linear_sum_assignment`.
+
+    Notes:
+      Exact for one set of units; for several a local optimum. Looks at weights alone: no data, no
+      gradients. For a ReLU network call `rescale_units` on both first if their scales differ.
+    """
+    _checks.check_count("max_sweeps", max_sweeps, 1)
+    _variables.check_alike("other_params", other_params, params)
+    first, second = by_path(params), by_path(other_params)
+    for group in units:
+        check_slots(first, group)
+    if any(isinstance(x, jax.core.Tracer) for x in [*first.values(), *second.values()]):
+        raise ValueError("align_units cannot run under jax.jit: the assignment is SciPy's.")
+    ours = {path: np.asarray(x, np.float64) for path, x in first.items()}
+    theirs = {path: np.asarray(x, np.float64) for path, x in second.items()}
+    if not all(np.isfinite(x).all() for x in [*ours.values(), *theirs.values()]):
+        raise ValueError("A weight is NaN or infinite: such networks cannot be aligned.")
+    permutations = [np.arange(_size(ours, group)) for group in units]
+    sweeps = 0
+    changed = True
+    while changed and sweeps < max_sweeps:
+        changed = False
+        for number, group in enumerate(units):
+            slots = group.incoming + group.outgoing
+            likeness = sum(_rows(ours[p], axis) @ _rows(theirs[p], axis).T for p, axis in slots)
+            _, best = scipy.optimize.linear_sum_assignment(likeness, maximize=True)
+            places = np.arange(len(best))
+            gain = likeness[places, best].sum() - np.trace(likeness)
+            if gain > 1e-12 * np.abs(likeness).sum():
+                changed = True
+                permutations[number] = permutations[number][best]
+                for path, axis in slots:
+                    theirs[path] = np.take(theirs[path], best, axis)
+        sweeps += 1
+    aligned = dict(second)
+    for group, permutation in zip(units, permutations, strict=True):
+        for path, axis in group.incoming + group.outgoing:
+            aligned[path] = jnp.take(aligned[path], permutation, axis)
+    tree = jax.tree.unflatten(jax.tree.structure(other_params), list(aligned.values()))
+    return Alignment(tree, tuple(permutations), sweeps)
+
+
+def by_path(params: Any) -> dict[str, Any]:
+    """The leaves in order, by paths such as "params/Dense_0/kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): jnp.asarray(x) for p, x in leaves}
+
+
+def _natural(path: str) -> list[Any]:
+    """Sorts Dense_10 after Dense_9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+
+
+def check_slots(leaves: dict[str, Any], group: Units) -> None:
+    sizes = {}
+    for path, axis in group.incoming + group.outgoing:
+        if path not in leaves:
+            raise ValueError(f"units names {path!r}; params has {', '.join(leaves)}.")
+        shape = leaves[path].shape
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(f"units names axis {axis} of {path!r}, whose shape is {shape}.")
+        sizes[f"{path}, axis {axis}"] = shape[axis]
+    if not group.incoming or len(set(sizes.values())) > 1:
+        raise ValueError(f"One set of units needs slots of one size, and has {sizes}.")
+
+
+def _size(leaves: dict[str, Any], group: Units) -> int:
+    path, axis = group.incoming[0]
+    return int(leaves[path].shape[axis])
+
+
+def sum_others(x: jax.Array, axis: int) -> jax.Array:
+    """The sum over all axes but one."""
+    return jnp.sum(x, axis=tuple(i for i in range(x.ndim) if i != axis % x.ndim))
+
+
+def along(values: jax.Array, like: jax.Array, axis: int) -> jax.Array:
+    """`values` as an array that broadcasts along one axis of `like`."""
+    shape = [1] * like.ndim
+    shape[axis] = len(values)
+    return values.reshape(shape).astype(like.dtype)
+
+
+def _rows(x: np.ndarray, axis: int) -> np.ndarray:
+    """A matrix with the units as rows."""
+    return np.moveaxis(x, axis, 0).reshape((x.shape[axis], -1))
