@@ -4,6 +4,7 @@ import ast
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from benchmarks.render import PAGES, ROOT, render
@@ -17,7 +18,8 @@ def test_snippets_run(page: Path, tmp_path, monkeypatch):
     namespace: dict[str, object] = {"__name__": page.stem}
     for snippet in snippets:
         line = text[: text.index(snippet)].count("\n")
-        exec(compile("\n" * line + snippet, str(page), "exec"), namespace)
+        with jax.numpy_rank_promotion("allow"):  # As in a user's own program.
+            exec(compile("\n" * line + snippet, str(page), "exec"), namespace)
     if page.name == "README.md":
         assert len(snippets) >= 3
 
