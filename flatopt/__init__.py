@@ -77,6 +77,7 @@ from flatopt._noise import NoiseState as NoiseState
 from flatopt._noise import adaptive_filter_noise as adaptive_filter_noise
 from flatopt._noise import filter_noise as filter_noise
 from flatopt._noise import standard_normal as standard_normal
+from flatopt._one_graph import sam_value_and_grad as sam_value_and_grad
 from flatopt._parle import ParleState as ParleState
 from flatopt._parle import parle as parle
 from flatopt._partial import esam as esam

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _checks
+from flatopt import _checks, _tree
 
 
 class GradientAtState(NamedTuple):
@@ -76,7 +76,7 @@ def gradient_at(
     Notes:
       Place: what stands before it in the chain changes the ascent gradient, what stands after it
       the descent gradient. So clip and decay after it. Gradient evaluations: `num_steps` extra in a
-      perturbed update, none in another (`lax.cond`; under `vmap` over the state both branches run).
+      perturbed update, none in another (a real branch; under `vmap` over the state it always runs).
       State: two integers; one temporary copy of the parameters.
     """
     _checks.check_count("num_steps", num_steps, 1)
@@ -113,8 +113,9 @@ def gradient_at(
             grads = optax.tree.cast_like(gradient(point, i), updates)
             return point, grads, perturbation_state
 
-        def perturbed() -> tuple[optax.Updates, optax.OptState, optax.OptState]:
-            carry = (params, updates, state.perturbation_state)
+        def perturbed(carry: Any) -> Any:
+            clean, perturbation_state, combiner_state = carry
+            carry = (params, clean, perturbation_state)
             if num_steps is None or num_steps == 1:
                 carry = ascend(jnp.zeros([], jnp.int32), carry)
             else:  # A loop, not unrolled: the model is traced and compiled once.
@@ -122,22 +123,20 @@ def gradient_at(
             _, grads, perturbation_state = carry
             grads, combiner_state = combiner.update(
                 grads,
-                state.combiner_state,
+                combiner_state,
                 params,
-                **{**extra_args, "clean_updates": updates, "step": state.step},
+                **{**extra_args, "clean_updates": clean, "step": state.step},
             )
             return grads, perturbation_state, combiner_state
 
-        def untouched() -> tuple[optax.Updates, optax.OptState, optax.OptState]:
-            return updates, state.perturbation_state, state.combiner_state
-
+        carry = (updates, state.perturbation_state, state.combiner_state)
         if start is None and every is None:
-            result = perturbed()
+            carry = perturbed(carry)
         else:
             since_start = state.step - (start or 0)
             due = (since_start >= 0) & (since_start % (every or 1) == 0)
-            result = jax.lax.cond(due, perturbed, untouched)
-        grads, perturbation_state, combiner_state = result
+            carry = _tree.apply_if(due, perturbed, carry)
+        grads, perturbation_state, combiner_state = carry
         step = optax.safe_increment(state.step)
         return grads, GradientAtState(step, perturbation_state, combiner_state)
 

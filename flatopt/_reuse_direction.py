@@ -118,41 +118,35 @@ def reuse_direction(
         gradient = _checks.require_grad_fn("reuse_direction", grad_fn)
         _checks.require_whole_tree("reuse_direction", params)
 
-        def sharp() -> tuple[optax.Updates, optax.OptState, optax.Updates]:
+        def sharp(carry: Any) -> Any:
+            clean, perturbation_state, old = carry
             displacement, perturbation_state = perturbation.update(
-                updates, state.perturbation_state, params, **{**extra_args, "step": state.step}
+                clean, perturbation_state, params, **{**extra_args, "step": state.step}
             )
             grads = gradient(optax.apply_updates(params, displacement), 0)
             grads = optax.tree.cast_like(grads, updates)
             if layerwise:
-                direction = jax.tree.map(new_direction, updates, grads)
+                direction = jax.tree.map(new_direction, clean, grads)
             else:
-                direction = new_direction(updates, grads)
-            direction = optax.tree.cast_like(direction, state.direction)
+                direction = new_direction(clean, grads)
+            direction = optax.tree.cast_like(direction, old)
             # Else one overflow would spoil the next updates too.
             finite = jnp.isfinite(_tree.norm(direction))
-            direction = jax.tree.map(
-                lambda a, b: jnp.where(finite, a, b), direction, state.direction
-            )
+            direction = jax.tree.map(lambda a, b: jnp.where(finite, a, b), direction, old)
             return grads, perturbation_state, direction
 
-        def reuse() -> tuple[optax.Updates, optax.OptState, optax.Updates]:
-            weight = value_at(alpha, state.step)
-            if layerwise:
-                grads = jax.tree.map(
-                    lambda c, d: add_direction(c, d, weight), updates, state.direction
-                )
-            else:
-                grads = add_direction(updates, state.direction, weight)
-            return grads, state.perturbation_state, state.direction
-
+        carry = (updates, state.perturbation_state, state.direction)
         if every == 1 and start is None:
-            result = sharp()
+            grads, perturbation_state, direction = sharp(carry)
         else:
             since_start = state.step - (start or 0)
             due = (since_start >= 0) & (since_start % every == 0)
-            result = jax.lax.cond(due, sharp, reuse)
-        grads, perturbation_state, direction = result
+            grads, perturbation_state, direction = _tree.apply_if(due, sharp, carry)
+            weight = jnp.where(due, 0, value_at(alpha, state.step))
+            if layerwise:
+                grads = jax.tree.map(lambda g, d: add_direction(g, d, weight), grads, direction)
+            else:
+                grads = add_direction(grads, direction, weight)
         step = optax.safe_increment(state.step)
         return grads, ReuseDirectionState(step, perturbation_state, direction)
 

@@ -1,7 +1,7 @@
 """Tree arithmetic that `optax.tree` lacks: norms and products that survive half precision."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -72,6 +72,15 @@ def replicate(x: jax.Array) -> jax.Array:
     if jax.typeof(x).sharding.mesh.are_all_axes_explicit:
         return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
     return x
+
+
+def apply_if(predicate: jax.Array, function: Callable[[Any], Any], carry: Any) -> Any:
+    """`function(carry)`, which must look like `carry`, where `predicate` holds; else `carry`.
+
+    A loop of one turn or none: XLA lets `carry` stay where it is, while `jax.lax.cond` copies what
+    its branches hand through.
+    """
+    return jax.lax.fori_loop(0, predicate.astype(jnp.int32), lambda _, c: function(c), carry)
 
 
 def merge_masked(trees: Iterable[Any], like: Any) -> Any:

@@ -14,5 +14,19 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+TESTS_BETWEEN_CLEARINGS = 150
+_DONE = pytest.StashKey[int]()
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_programs(request: pytest.FixtureRequest):
+    """Every so many tests: each program maps memory, and a process may have so many maps only."""
+    yield
+    stash = request.config.stash
+    stash[_DONE] = stash.get(_DONE, 0) + 1
+    if stash[_DONE] % TESTS_BETWEEN_CLEARINGS == 0:
+        jax.clear_caches()

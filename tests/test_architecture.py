@@ -32,6 +32,7 @@ FLOORS = [
     ["_merge", "_inner_state", "_batch_stats"],
     [
         "_gradient_at",
+        "_one_graph",
         "_reuse_direction",
         "_arwp",
         "_hold",
