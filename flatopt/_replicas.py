@@ -266,9 +266,7 @@ def _mean(tree: Any, axis_name: AxisName) -> Any:
             return jnp.mean(everyone, 0) if inexact else jnp.max(everyone, 0)
         return (jax.lax.pmean if inexact else jax.lax.pmax)(wide, axis_name)
 
-    if jax.lax.axis_size(axis_name) == 1:
-        return tree
-    return jax.tree.map(leaf, tree)
+    return tree if axis_name == () else jax.tree.map(leaf, tree)
 
 
 def _unit(value: Any, params: optax.Params, axis_name: AxisName) -> jax.Array:

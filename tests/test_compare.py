@@ -77,7 +77,7 @@ def test_whole_run(tmp_path, capsys):
 
     names = [(arm["method"], arm["equal_gradients"]) for arm in results["arms"]]
     assert names == [(m, False) for m in ("sgd", "sam", "swa", "msam")] + [("sam", True)]
-    assert {"jax", "jaxlib", "optax", "flax", "numpy", "flatopt", "python"} == set(
+    assert {"jax", "jaxlib", "optax", "flax", "numpy", "scipy", "flatopt", "python"} == set(
         results["versions"]
     )
     assert results["versions"]["flatopt"] == flatopt.__version__

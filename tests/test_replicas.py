@@ -539,3 +539,8 @@ def test_parle_with_one_update_a_round_by_hand():
             y = y - lr * (pull + big)
             x = y.copy()
         np.testing.assert_allclose(params, y, rtol=1e-10)
+
+
+def test_the_centre_of_one_replica_is_that_replica():
+    params = cases.init_params()
+    cases.assert_equal(flatopt.barycentre(flatopt.replicate_params(params, 1)), params)
