@@ -23,7 +23,7 @@ def _assert_resumes(case: Case, save_and_restore) -> None:
     cases.assert_equal(evaluated, flatopt.eval_params(expected[1], expected[0]))
 
 
-@pytest.mark.parametrize("case", cases.cases())
+@pytest.mark.parametrize("case", cases.main_cases())
 def test_flax_msgpack(case: Case):
     def save_and_restore(tree, like):
         return flax.serialization.from_bytes(like, flax.serialization.to_bytes(tree))

@@ -14,7 +14,7 @@ from tests.cases import Case
 HIDDEN = {"hidden": True, "out": False, "temperature": False}
 
 
-@pytest.mark.parametrize("case", cases.cases())
+@pytest.mark.parametrize("case", cases.main_cases())
 def test_inside_a_chain_with_extra_arguments(case: Case):
     """A neighbour that needs `value=` gets it, and the method does not mind."""
     plateau = optax.contrib.reduce_on_plateau()
@@ -50,7 +50,7 @@ def test_under_multi_steps_of_one(case: Case):
     )
 
 
-@pytest.mark.parametrize("case", cases.cases())
+@pytest.mark.parametrize("case", cases.main_cases())
 def test_inside_masked_works_or_says_what_to_do(case: Case):
     tx = optax.masked(case.build(), HIDDEN)
     if case.needs_grad_fn:
@@ -89,7 +89,7 @@ def test_before_a_partition(case: Case):
     assert not jnp.allclose(params["hidden"]["kernel"], start["hidden"]["kernel"])
 
 
-@pytest.mark.parametrize("case", cases.cases(has=lambda c: c.hyperparameter is not None))
+@pytest.mark.parametrize("case", cases.main_cases(has=lambda c: c.hyperparameter is not None))
 def test_inject_hyperparams_needs_no_static_args(case: Case):
     tx = case.build_injected()
     params, state = cases.run(tx)

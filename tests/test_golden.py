@@ -38,7 +38,15 @@ def test_the_folder_holds_files() -> None:
     assert FILES, f"no .npz file in {FOLDER}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def _mark(path: pathlib.Path) -> list[pytest.MarkDecorator]:
+    """Of the full-batch problem, which differs from the minibatch one in the data alone, as extra."""
+    extra = FOLDER == _DEFAULT and "__mlp_full__" in path.name
+    return [pytest.mark.exhaustive] if extra else []
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.name, marks=_mark(path)) for path in FILES]
+)
 def test_replays(path: pathlib.Path) -> None:
     golden = load(path)
     if golden.method not in ADAPTERS:

@@ -17,8 +17,8 @@ from tests.cases import Case
 P = PartitionSpec
 
 
-@pytest.mark.parametrize("microbatches", [2, 8])
-@pytest.mark.parametrize("case", cases.cases(needs=lambda c: c.needs_grad_fn))
+@pytest.mark.parametrize("microbatches", [2, pytest.param(8, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("case", cases.main_cases(needs=lambda c: c.needs_grad_fn))
 def test_microbatches_equal_the_whole_batch(case: Case, microbatches: int):
     """Ascent and descent gradient are those of the whole batch, to 1e-6 in float32."""
 
