@@ -39,7 +39,7 @@ def test_the_folder_holds_files() -> None:
 
 
 def _mark(path: pathlib.Path) -> list[pytest.MarkDecorator]:
-    """Of the full-batch problem, which differs from the minibatch one in the data alone, as extra."""
+    """Files of the full-batch problem count as extra: only their data differ from the others."""
     extra = FOLDER == _DEFAULT and "__mlp_full__" in path.name
     return [pytest.mark.exhaustive] if extra else []
 
