@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _checks, _mean
+from flatopt import _checks, _mean, _tree
 
 # (total weight so far, number of models so far, step) -> (new total weight, share of the new model)
 _Weighting = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -251,20 +251,18 @@ def _average(
         _checks.require_params(name, params)
         step = optax.safe_increment(state.step)
 
-        def collect() -> tuple[jax.Array, optax.Params]:
+        def collect(carry: tuple[jax.Array, optax.Params]) -> tuple[jax.Array, optax.Params]:
+            total_weight, mean = carry
             number = (step - first) // period
-            total_weight, share = weighting(state.total_weight, number, state.step)
-            new_params = optax.apply_updates(params, updates)
-            return total_weight, _mean.towards(state.mean, new_params, share)
+            total_weight, share = weighting(total_weight, number, state.step)
+            return total_weight, _mean.towards(mean, optax.apply_updates(params, updates), share)
 
+        carry = (state.total_weight, state.mean)
         if first == period == 1:
-            total_weight, mean = collect()
+            total_weight, mean = collect(carry)
         else:
-            total_weight, mean = jax.lax.cond(
-                _mean.is_due(step, first, period),
-                collect,
-                lambda: (state.total_weight, state.mean),
-            )
+            due = _mean.is_due(step, first, period)
+            total_weight, mean = _tree.apply_if(due, collect, carry)
         return updates, AverageState(step, total_weight, mean)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _checks, _inner_state, _mean
+from flatopt import _checks, _inner_state, _mean, _tree
+from flatopt._schedules import value_at
 
 
 class LookaheadState(NamedTuple):
@@ -123,36 +124,33 @@ def lookahead(
         fast_updates, inner_state = optimizer.update(
             updates, state.inner_state, params, **extra_args
         )
-        fast = optax.apply_updates(params, fast_updates)
 
-        def go_on() -> tuple[optax.Updates, Any, optax.Params, Any]:
-            return fast_updates, inner_state, state.slow, state.slow_state
-
-        def synchronise() -> tuple[optax.Updates, Any, optax.Params, Any]:
-            share = slow_step_size(state.step) if callable(slow_step_size) else slow_step_size
+        def synchronise(carry: Any) -> Any:
+            moves, inner_state, slow, slow_state = carry
+            fast = optax.apply_updates(params, moves)
             if keeps_fast:
-                slow, moves = _mean.copy(fast), fast_updates
+                slow = _mean.copy(fast)
             else:
-                slow = _mean.towards(state.slow, fast, share)
-                moves = _mean.moves(slow, params, fast_updates)
+                slow = _mean.towards(slow, fast, value_at(slow_step_size, state.step))
+                moves = _mean.moves(slow, params, moves)
             if pull_back:
-                momenta = _inner_state.towards(inner_state, state.slow_state, fast, 1 - share)
-                return moves, momenta, slow, momenta
+                share = value_at(slow_step_size, state.step)
+                inner_state = _inner_state.towards(inner_state, slow_state, fast, 1 - share)
+                slow_state = inner_state
             if reset_state:
-                fresh = _inner_state.reset(inner_state, optimizer.init(fast), fast)
-                return moves, fresh, slow, state.slow_state
-            return moves, inner_state, slow, state.slow_state
+                inner_state = _inner_state.reset(inner_state, optimizer.init(fast), fast)
+            return moves, inner_state, slow, slow_state
 
-        def not_yet() -> tuple[optax.Updates, Any, optax.Params, Any]:
-            return fast_updates, inner_state, _mean.copy(fast), state.slow_state
-
-        due = ((step > begin) & ((step - begin) % period == 0)).astype(jnp.int32)
-        if begin:
-            chosen = jnp.where(step <= begin, 2, due)
-            result = jax.lax.switch(chosen, [go_on, synchronise, not_yet])
-        else:
-            result = jax.lax.switch(due, [go_on, synchronise])
-        moves, inner_state, slow, slow_state = result
+        slow = state.slow
+        if begin:  # Until then the slow weights are the fast ones.
+            slow = _tree.apply_if(
+                step <= begin,
+                lambda _: _mean.copy(optax.apply_updates(params, fast_updates)),
+                slow,
+            )
+        due = (step > begin) & ((step - begin) % period == 0)
+        carry = (fast_updates, inner_state, slow, state.slow_state)
+        moves, inner_state, slow, slow_state = _tree.apply_if(due, synchronise, carry)
         return moves, LookaheadState(step, inner_state, slow, slow_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

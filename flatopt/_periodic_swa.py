@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _checks, _inner_state, _mean
+from flatopt import _checks, _inner_state, _mean, _tree
 
 
 class PeriodicSwaState(NamedTuple):
@@ -131,24 +131,24 @@ def periodic_swa(
         step = optax.safe_increment(state.step)
         updates, inner_state = optimizer.update(updates, state.inner_state, params, **extra_args)
 
-        def collect() -> tuple[optax.Params, jax.Array]:
-            number = state.number + 1
+        def collect(carry: tuple[optax.Params, jax.Array]) -> tuple[optax.Params, jax.Array]:
+            mean, number = carry
             # The last period's mean is written over, not averaged with.
-            old = jax.tree.map(
-                lambda m: jnp.where(state.number == 0, jnp.zeros_like(m), m), state.mean
-            )
+            old = jax.tree.map(lambda m: jnp.where(number == 0, jnp.zeros_like(m), m), mean)
+            number = number + 1
             return _mean.towards(old, optax.apply_updates(params, updates), 1.0 / number), number
 
         due = (step > begin) & ((step - begin) % gap == 0)
-        mean, number = jax.lax.cond(due, collect, lambda: (state.mean, state.number))
+        mean, number = _tree.apply_if(due, collect, (state.mean, state.number))
 
-        def restart() -> tuple[optax.Updates, optax.OptState]:
+        def restart(carry: tuple[optax.Updates, optax.OptState]) -> Any:
+            updates, inner_state = carry
             centre = optax.tree.cast_like(mean, params)
             fresh = _inner_state.reset(inner_state, optimizer.init(centre), centre)
             return _mean.moves(mean, params, updates), fresh
 
         again = due & ends_period(step)
-        updates, inner_state = jax.lax.cond(again, restart, lambda: (updates, inner_state))
+        updates, inner_state = _tree.apply_if(again, restart, (updates, inner_state))
         return updates, PeriodicSwaState(
             step, jnp.where(again, 0, number), state.restarts + again, inner_state, mean
         )

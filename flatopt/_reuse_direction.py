@@ -78,7 +78,7 @@ def reuse_direction(
     Notes:
       With `every=1` it is `gradient_at(perturbation)`. Where the two gradients are parallel to
       rounding, as for a single parameter, there is nothing to be reused: the direction is zero.
-      Gradient evaluations: one extra in `every` updates (`lax.cond`). State: one copy of the
+      Gradient evaluations: one extra in `every` updates (a real branch). State: one copy of the
       parameters, one integer.
     """
     _checks.check_count("every", every, 1)
@@ -131,7 +131,7 @@ def reuse_direction(
                 direction = new_direction(clean, grads)
             direction = optax.tree.cast_like(direction, old)
             # Else one overflow would spoil the next updates too.
-            finite = jnp.isfinite(_tree.norm(direction))
+            finite = jnp.isfinite(_tree.norm(grads))
             direction = jax.tree.map(lambda a, b: jnp.where(finite, a, b), direction, old)
             return grads, perturbation_state, direction
 

@@ -245,8 +245,6 @@ def _push_if(
     updates: optax.Updates,
     number: jax.Array,
 ) -> optax.Params:
-    return jax.lax.cond(
-        due,
-        lambda: _ring.push(ring, optax.apply_updates(params, updates), number),
-        lambda: ring,
+    return _tree.apply_if(
+        due, lambda ring: _ring.push(ring, optax.apply_updates(params, updates), number), ring
     )

@@ -142,7 +142,7 @@ def swag(
         _checks.require_params("swag", params)
         step = optax.safe_increment(state.step)
 
-        def collect() -> SwagState:
+        def collect(state: SwagState) -> SwagState:
             new = optax.apply_updates(params, updates)
             number = state.number + 1
             mean = _mean.towards(state.mean, new, 1.0 / number)
@@ -154,7 +154,7 @@ def swag(
                 return (variance + (product - variance) / number).astype(variance.dtype)
 
             return SwagState(
-                step=step,
+                step=state.step,
                 number=number,
                 mean=mean,
                 variance=jax.tree.map(spread, state.variance, new, state.mean, deviations),
@@ -162,7 +162,7 @@ def swag(
             )
 
         due = _mean.is_due(step, first, period)
-        return updates, jax.lax.cond(due, collect, lambda: state._replace(step=step))
+        return updates, _tree.apply_if(due, collect, state._replace(step=step))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -96,14 +96,14 @@ def test_msam_state_is_the_inner_state_and_two_scalars():
 
 @pytest.mark.parametrize("every", [2, 10])
 def test_a_skipped_ascent_is_a_real_branch(every: int):
-    """The second pass stands inside a conditional, not in the straight line with a mask."""
+    """The second pass stands inside a loop of one turn or none, not in the straight line."""
     text = _compiled(optax.chain(flatopt.sam(0.05, every=every), _base())).as_text()
-    assert " conditional(" in text[text.index("ENTRY") :]
+    assert " while(" in text[text.index("ENTRY") :]
     assert _straight_products(text) == _straight_products(_compiled(_base()).as_text())
 
 
 def _straight_products(hlo: str) -> int:
-    """Number of matrix products outside conditionals."""
+    """Number of matrix products outside loops."""
     entry = hlo[hlo.index("ENTRY") :]
     products = entry.count(" dot(") + entry.count("matmul")
     assert products > 0
