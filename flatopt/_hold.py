@@ -126,7 +126,9 @@ class MsamState(NamedTuple):
 
 
 def msam(
-    optimizer: optax.GradientTransformation, rho: optax.ScalarOrSchedule
+    optimizer: optax.GradientTransformation,
+    rho: optax.ScalarOrSchedule,
+    momentum: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Momentum-SAM: sharpness-aware training without an extra gradient.
 
@@ -148,12 +150,17 @@ def msam(
         traced array, or a schedule of the step count. A negative value is the ascent variant, which
         displaces against the coming update. With the number 0 this is `optimizer`, bit for bit; to
         switch off in mid-run use a schedule, which takes the last offset back.
+      momentum: the decay of the momentum, in (0, 1], if `optimizer` adds the gradient to it as it
+        comes, :math:`m_t = momentum \, m_{t-1} + g_t`, like `optax.sgd(learning_rate, momentum)`.
+        The old momentum then is computed back from the new one, which saves a pass over memory: in
+        a step that memory limits, most of what `msam` costs. None: any optimiser. Static.
 
     Returns:
       A wrapper to be outermost. Evaluate at the centre: `flatopt.eval_params(opt_state, params)`.
 
     Raises:
-      ValueError: if `rho` is not finite, or `optimizer` has no momentum or several for one leaf.
+      ValueError: if `rho` is not finite, if `optimizer` has no momentum or several for one leaf, or
+        if `momentum` is out of range or not how `optimizer` keeps it.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -181,13 +188,14 @@ def msam(
     _checks.check_number("rho", rho)
     off = _checks.is_zero(rho)  # Adding zero would still change how XLA rounds.
     optimizer = optax.with_extra_args_support(optimizer)
+    if momentum is not None:
+        _require_plain_momentum(optimizer, momentum)
 
     def init_fn(params: optax.Params) -> MsamState:
         inner_state = optimizer.init(params)
-        momentum = _momentum(inner_state, params)
         return MsamState(
             step=jnp.zeros([], jnp.int32),
-            scale=jnp.zeros([], _tree.scalar_dtype(momentum)),
+            scale=jnp.zeros([], _tree.scalar_dtype(_momentum(inner_state, params))),
             inner_state=inner_state,
         )
 
@@ -204,8 +212,11 @@ def msam(
         step = optax.safe_increment(state.step)
         if off:
             return inner_updates, MsamState(step, state.scale, inner_state)
-        old = _momentum(state.inner_state, updates)
         new = _momentum(inner_state, updates)
+        if momentum is None:
+            old = _momentum(state.inner_state, updates)
+        else:  # The buffer is donated: to read it after the new one is written would take a copy.
+            old = jax.tree.map(lambda m, g: (m - g) / momentum, new, updates)
         radius = rho(state.step) if callable(rho) else rho
         scale = (radius / (_tree.norm(new) + _tree.EPSILON)).astype(state.scale.dtype)
 
@@ -229,6 +240,26 @@ def _move(params: optax.Params, scale: jax.typing.ArrayLike, direction: Any) -> 
         return (param + scale * towards).astype(param.dtype)
 
     return jax.tree.map(leaf, params, direction)
+
+
+def _require_plain_momentum(optimizer: Any, momentum: float) -> None:
+    """Tries `optimizer` on two gradients; a traced value passes unchecked."""
+    if isinstance(momentum, jax.core.Tracer):
+        return
+    if not 0 < momentum <= 1:
+        raise ValueError(f"momentum={momentum!r} is out of range: it must be in (0, 1], or None.")
+    with jax.ensure_compile_time_eval():
+        params, first, second = (jnp.array(x) for x in ([1.0, -2.0], [0.5, 0.25], [-1.0, 3.0]))
+        _, state = optimizer.update(first, optimizer.init(params), params)
+        old = _momentum(state, params)
+        new = _momentum(optimizer.update(second, state, params)[1], params)
+        plain = bool(jnp.allclose(new, momentum * old + second))
+    if not plain:
+        raise ValueError(
+            f"momentum={momentum!r} is not how `optimizer` keeps its momentum: after the gradient "
+            f"{second} it went from {old} to {new}. Give the decay of an optimiser such as "
+            "optax.sgd(learning_rate, momentum), or None."
+        )
 
 
 def _momentum(state: optax.OptState, like: Any) -> Any:

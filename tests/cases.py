@@ -171,6 +171,7 @@ CASES = [
     Case("hold_perturbed", "wrapper", {"optimizer": sgd(), "perturbation": flatopt.scale_to_norm(0.05)}, copies=1),
     Case("msam", "wrapper", {"optimizer": sgd(), "rho": 0.1}, "rho", 0.0),
     Case("msam", "wrapper", {"optimizer": sgd(), "rho": -0.1}, "rho", 0.0, variant="ascent"),
+    Case("msam", "wrapper", {"optimizer": sgd(), "rho": 0.1, "momentum": 0.9}, "rho", 0.0, variant="momentum"),
     Case("msam", "wrapper", {"optimizer": optax.adamw(0.05), "rho": 0.1}, "rho", 0.0, variant="adamw"),
     Case("alternate", "wrapper", {"perturbation": flatopt.scale_to_norm(0.05), "optimizer": sgd()}, copies=1),
     Case("alternate", "wrapper", {"perturbation": flatopt.scale_to_adaptive_norm(0.05), "optimizer": optax.adamw(0.05)}, copies=1, variant="adamw"),

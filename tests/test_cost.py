@@ -13,6 +13,7 @@ import flatopt
 
 WIDTHS = (784, 512, 512, 10)  # 0.67 M parameters: 1.3 MFLOP per example in the forward pass.
 BATCH = 64
+MOMENTUM = 0.9
 
 
 def _params() -> list[dict[str, jax.Array]]:
@@ -47,7 +48,7 @@ def _compiled(tx: optax.GradientTransformationExtraArgs) -> Any:
 
 
 def _base() -> optax.GradientTransformationExtraArgs:
-    return optax.sgd(0.1, momentum=0.9)
+    return optax.sgd(0.1, momentum=MOMENTUM)
 
 
 def _flops(tx: optax.GradientTransformationExtraArgs) -> float:
@@ -83,6 +84,17 @@ def test_sam_needs_one_temporary_copy_of_the_parameters():
     copy = optax.tree.size(_params()) * 4
     extra = _temporary_bytes(optax.chain(flatopt.sam(0.05), _base())) - _temporary_bytes(_base())
     assert extra <= 1.05 * copy
+
+
+def test_msam_with_known_momentum_reads_and_writes_little_more_than_sgd():
+    """One pass more, for the norm; as without it, two more, for a copy of the old momentum."""
+
+    def accessed(tx: optax.GradientTransformationExtraArgs) -> float:
+        return _compiled(tx).cost_analysis()["bytes accessed"] / (4 * optax.tree.size(_params()))
+
+    base = accessed(_base())
+    assert accessed(flatopt.msam(_base(), 0.3, momentum=MOMENTUM)) <= base + 1.5
+    assert accessed(flatopt.msam(_base(), 0.3)) <= base + 4.5
 
 
 def test_msam_state_is_the_inner_state_and_two_scalars():

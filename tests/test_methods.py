@@ -421,3 +421,35 @@ def test_looksam_has_no_direction_for_a_single_parameter():
     _, state = stage.update(grad_fn(w), stage.init(w), w, grad_fn=grad_fn)
     updates, _ = stage.update(grad_fn(w), state, w, grad_fn=grad_fn)
     np.testing.assert_array_equal(updates, grad_fn(w))
+
+
+# Momentum-SAM whose old momentum is computed back
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 1.0])
+def test_msam_with_known_momentum_is_msam(decay: float):
+    optimizer = optax.sgd(0.05, momentum=decay)
+    known = flatopt.msam(optimizer, 0.2, momentum=decay)
+    states = [cases.run(tx, steps=20) for tx in (known, flatopt.msam(optimizer, 0.2))]
+    cases.assert_close(states[0], states[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(0.1, momentum=0.8),
+        optax.adam(0.1),
+        optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9)),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9)),
+    ],
+    ids=["other decay", "adam", "decay before", "clipping before"],
+)
+def test_msam_refuses_a_momentum_that_is_another(optimizer):
+    with pytest.raises(ValueError, match="is not how `optimizer` keeps its momentum"):
+        flatopt.msam(optimizer, 0.2, momentum=0.9)
+
+
+@pytest.mark.parametrize("decay", [0.0, -0.5, 1.5, float("nan")])
+def test_msam_momentum_out_of_range(decay: float):
+    with pytest.raises(ValueError, match="momentum="):
+        flatopt.msam(optax.sgd(0.1, momentum=0.9), 0.2, momentum=decay)
