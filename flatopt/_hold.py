@@ -128,7 +128,7 @@ class MsamState(NamedTuple):
 def msam(
     optimizer: optax.GradientTransformation,
     rho: optax.ScalarOrSchedule,
-    momentum: float | None = None,
+    momentum: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Momentum-SAM: sharpness-aware training without an extra gradient.
 
@@ -242,12 +242,13 @@ def _move(params: optax.Params, scale: jax.typing.ArrayLike, direction: Any) -> 
     return jax.tree.map(leaf, params, direction)
 
 
-def _require_plain_momentum(optimizer: Any, momentum: float) -> None:
+def _require_plain_momentum(optimizer: Any, momentum: jax.typing.ArrayLike) -> None:
     """Tries `optimizer` on two gradients; a traced value passes unchecked."""
+    _checks.check_number("momentum", momentum, low=0.0, high=1.0)
     if isinstance(momentum, jax.core.Tracer):
         return
-    if not 0 < momentum <= 1:
-        raise ValueError(f"momentum={momentum!r} is out of range: it must be in (0, 1], or None.")
+    if _checks.is_zero(momentum):
+        raise ValueError(f"momentum={momentum!r} must be above 0: it is divided by. Use None.")
     with jax.ensure_compile_time_eval():
         params, first, second = (jnp.array(x) for x in ([1.0, -2.0], [0.5, 0.25], [-1.0, 3.0]))
         _, state = optimizer.update(first, optimizer.init(params), params)
