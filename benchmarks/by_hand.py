@@ -66,7 +66,7 @@ def init_of(tx: Optimizer) -> Callable[[Any], Carry]:
 
 
 def sam_one_graph(loss_fn: LossFn) -> Step:
-    """flatopt's form that compiles the model once for both points."""
+    """The form of flatopt that compiles the model once for both points."""
     value_and_grad = getattr(flatopt, "sam_value_and_grad")(loss_fn, flatopt.scale_to_norm(RHO))  # noqa: B009
     optimizer = sgd()
 

@@ -6,6 +6,8 @@ Each repeat compiles new function objects with empty caches, all variants of a m
 """
 
 import argparse
+import functools
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,25 +21,30 @@ from benchmarks.models import Problem
 from benchmarks.step_time import show
 
 DEEP = 24
-METHODS = ["sgd", "sam", "msam", "looksam every=5", "swa", "lookahead", "local_entropy L=5"]
-DEEP_METHODS = ["sgd", "sam", "msam", "swa"]
 BASE = "sgd"
+FEW = ["sgd", "sam", "msam"]
+MORE = [*FEW, "looksam every=5", "swa", "lookahead"]
+BY_HAND = ["sam, by hand", "optax.contrib.sam, opaque"]
+ONE_GRAPH = "sam_value_and_grad"
 PHASES = ("trace", "lower", "compile")
 
-
-def problems(quick: bool) -> dict[str, tuple[Callable[[], Problem], list[str]]]:
-    """Name to a model and the methods that are measured on it."""
-    deep_mlp = lambda: models.mlp((64, *(DEEP - 1) * (64,), models.CLASSES), 8)  # noqa: E731
-    deep_transformer = lambda: models.transformer(64, DEEP, 16, batch_size=2)  # noqa: E731
-    found = {
-        "mlp, 5 layers": (models.mlp, METHODS),
-        "transformer, 4 layers": (models.transformer, METHODS),
-        f"mlp, {DEEP} layers": (deep_mlp, DEEP_METHODS),
-        f"transformer, {DEEP} layers": (deep_transformer, DEEP_METHODS),
-    }
-    if quick:
-        return dict(list(found.items())[:2])
-    return found
+# Name to a model, and the variants that are measured on it.
+MODELS: dict[str, tuple[Callable[[], Problem], list[str]]] = {
+    "mlp": (models.mlp, [*MORE, "local_entropy L=5", ONE_GRAPH, *BY_HAND]),
+    "transformer": (
+        functools.partial(models.transformer, layers=2),
+        [*MORE, ONE_GRAPH, *BY_HAND],
+    ),
+    f"mlp{DEEP}": (
+        functools.partial(models.mlp, (*DEEP * (64,), models.CLASSES), 8),
+        [*FEW, "swa", ONE_GRAPH, *BY_HAND],
+    ),
+    f"transformer{DEEP}": (
+        functools.partial(models.transformer, 64, DEEP, 16, batch_size=2),
+        [*FEW, ONE_GRAPH],
+    ),
+}
+SMALL = ["mlp", "transformer", f"mlp{DEEP}"]
 
 
 def phases(step: by_hand.Step, carry: Any, batch: Any) -> dict[str, float]:
@@ -56,21 +63,21 @@ def phases(step: by_hand.Step, carry: Any, batch: Any) -> dict[str, float]:
     }
 
 
-def measure(make: Callable[[], Problem], names: list[str], repeats: int) -> dict[str, Any]:
+def measure(name: str, repeats: int) -> dict[str, Any]:
     """Rows of one model."""
-    found: dict[str, dict[str, list[float]]] = {}
+    make, wanted = MODELS[name]
     problem = make()
-    for number in tqdm(range(repeats + 1), desc=problem.name, disable=None):
-        loss_fn = make().loss_fn  # A new function: nothing that JAX knows already.
-        for name, (step, init) in _variants(loss_fn, names).items():
-            carry = jax.eval_shape(init, problem.params)
-            jax.clear_caches()
-            seconds = phases(step, carry, problem.batch)
-            seconds["total"] = sum(seconds.values())
-            lists = found.setdefault(name, {phase: [] for phase in (*PHASES, "total")})
-            if number:  # The first round warms up.
-                for phase, value in seconds.items():
-                    lists[phase].append(value)
+    makers = _variants(wanted)
+    found: dict[str, dict[str, list[float]]] = {
+        variant: {phase: [] for phase in (*PHASES, "total")} for variant in makers
+    }
+    _time_one(*makers[BASE], problem)  # Warms up what is loaded at first use.
+    order = list(makers)
+    for _ in tqdm(range(repeats), desc=name, disable=None):
+        for variant in order:
+            for phase, value in _time_one(*makers[variant], problem).items():
+                found[variant][phase].append(value)
+        order = order[1:] + order[:1]
     rows = []
     for name, lists in found.items():
         row: dict[str, Any] = {"variant": name}
@@ -82,15 +89,25 @@ def measure(make: Callable[[], Problem], names: list[str], repeats: int) -> dict
     return {"sizes": problem.sizes, "num_params": models.num_params(problem), "rows": rows}
 
 
-def _variants(loss_fn: Any, names: list[str]) -> dict[str, tuple[by_hand.Step, Any]]:
-    """The methods and, of the alternatives, those to SAM."""
-    found: dict[str, tuple[by_hand.Step, Any]] = {}
-    for name in names:
-        tx = methods.METHODS[name]()
-        found[name] = (by_hand.with_flatopt(tx, loss_fn), by_hand.init_of(tx))
+def _time_one(make_step: Any, init: Any, problem: Problem) -> dict[str, float]:
+    carry = jax.eval_shape(init, problem.params)
+    step = make_step(lambda params, *batch: problem.loss_fn(params, *batch))
+    jax.clear_caches()
+    gc.collect()
+    seconds = phases(step, carry, problem.batch)
+    return {**seconds, "total": sum(seconds.values())}
+
+
+def _variants(wanted: list[str]) -> dict[str, tuple[Any, Any]]:
+    """From a loss to a step, and the initial carry, of each variant that there is."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in wanted:
+        if name in methods.METHODS:
+            tx = methods.METHODS[name]()
+            found[name] = (functools.partial(by_hand.with_flatopt, tx), by_hand.init_of(tx))
     for other in by_hand.alternatives():
-        if other.method == "sam" and other.name != "optax.contrib.sam, transparent":
-            found[other.name] = (other.step(loss_fn), other.init)
+        if other.name in wanted:
+            found[other.name] = (other.step, other.init)
     return found
 
 
@@ -98,8 +115,9 @@ def lines(results: dict[str, Any]) -> list[str]:
     """The results as Markdown."""
     text = []
     for title, result in results["models"].items():
+        layers = result["sizes"].get("layers") or len(result["sizes"]["widths"]) - 1
         text += [
-            f"{title}:",
+            f"{title.removesuffix(str(DEEP))} of {layers} layers:",
             "",
             "| step | trace, s | lower, s | compile, s | all | all over sgd |",
             "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -117,17 +135,23 @@ def main() -> None:
     """Measures, prints tables and writes JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
+    add(
+        "--models",
+        default=",".join(SMALL),
+        help=f"commas between: {', '.join(MODELS)} (%(default)s)",
+    )
     add("--repeats", type=int, help="rounds (5; 2 with --quick)")
-    add("--quick", action="store_true", help="the small models only")
+    add("--quick", action="store_true", help="the small Transformer only")
     add("--json", type=Path, help="also write the results here")
     args = parser.parse_args()
     repeats = args.repeats or (2 if args.quick else 5)
     if repeats < 1:
         parser.error("--repeats must be at least 1.")
-    results = {
-        title: measure(make, names, repeats)
-        for title, (make, names) in problems(args.quick).items()
-    }
+    chosen = ["transformer"] if args.quick else args.models.split(",")
+    for name in chosen:
+        if name not in MODELS:
+            parser.error(f"--models: {name!r} is none of {', '.join(MODELS)}.")
+    results = {name: measure(name, repeats) for name in chosen}
     print("\n".join(lines({"models": results})))
     if args.json:
         record.write(args.json, {"settings": {"repeats": repeats}, "models": results})

@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from tqdm import tqdm
 
 from benchmarks import by_hand, methods, models, record
 from benchmarks.models import Problem
 
-KINDS = ("temporary", "argument", "output")
+# What we call it, and what XLA does.
+KINDS = {"temporary": "temp", "argument": "argument", "output": "output"}
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of the arrays of a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def planned(problem: Problem, tx: methods.Optimizer) -> dict[str, float]:
@@ -24,16 +29,13 @@ def planned(problem: Problem, tx: methods.Optimizer) -> dict[str, float]:
     step = by_hand.compiled(by_hand.with_flatopt(tx, problem.loss_fn))
     carry = jax.eval_shape(by_hand.init_of(tx), problem.params)
     plan = step.lower(carry, problem.batch).compile().memory_analysis()
-    found = {kind: getattr(plan, f"{_FIELDS[kind]}_size_in_bytes") for kind in KINDS}
-    return {**found, "state": optax.tree.size(carry[1], mode="bytes")}
-
-
-_FIELDS = {"temporary": "temp", "argument": "argument", "output": "output"}
+    found = {kind: getattr(plan, f"{field}_size_in_bytes") for kind, field in KINDS.items()}
+    return {**found, "state": num_bytes(carry[1])}
 
 
 def measure(problem: Problem, names: list[str]) -> dict[str, Any]:
     """Rows of one model, in copies of its parameters over the base optimiser."""
-    copy = optax.tree.size(problem.params, mode="bytes")
+    copy = num_bytes(problem.params)
     plans: dict[str, dict[str, float]] = {}
     rows = []
     wanted = {n: b for g in methods.chosen_groups(names).values() for n, b in g.items()}

@@ -104,7 +104,9 @@ GROUPS: dict[str, dict[str, Build]] = {
     },
 }
 
-METHODS: dict[str, Build] = {name: build for group in GROUPS.values() for name, build in group.items()}
+METHODS: dict[str, Build] = {
+    name: build for group in GROUPS.values() for name, build in group.items()
+}
 
 # What most users take: measured on every model.
 MAIN = [

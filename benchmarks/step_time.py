@@ -55,9 +55,7 @@ def measure(
     return result
 
 
-def _try_peers(
-    worker: peers.Worker, names: list[str], errors: dict[str, str]
-) -> dict[str, float]:
+def _try_peers(worker: peers.Worker, names: list[str], errors: dict[str, str]) -> dict[str, float]:
     """Passes a step of those that can take some; why not, of the others, goes into `errors`."""
     available = {}
     for name in names:
@@ -114,7 +112,9 @@ def _measure_group(
                 gradients_per_step=available[name],
             )
 
-    with tqdm(total=(repeats + 1) * len(turns), desc=f"{problem.name}: {title}", disable=None) as bar:
+    with tqdm(
+        total=(repeats + 1) * len(turns), desc=f"{problem.name}: {title}", disable=None
+    ) as bar:
         seconds = timing.interleaved_seconds(turns, repeats, steps, bar.update)
     for name, row in rows.items():
         row["milliseconds"] = timing.summary([1e3 * s for s in seconds[name]])
