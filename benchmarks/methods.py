@@ -1,4 +1,4 @@
-"""The methods that the benchmarks measure, each on its base optimiser, and their gradient counts."""
+"""The methods that the benchmarks measure, each on its base optimiser, and their gradients."""
 
 from collections.abc import Callable
 from typing import Any

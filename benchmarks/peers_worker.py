@@ -7,6 +7,7 @@ optimiser, `run` trains from the start on given batches. Each is answered by one
 
 import copy
 import importlib.metadata
+import itertools
 import json
 import sys
 import time
@@ -19,7 +20,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 HEAD_WIDTH = 32
-TRIAL_STEPS, RUN_TRIAL_STEPS = 3, 50
+TRIAL_STEPS = 10
 THREADS = torch.get_num_threads()
 Step = Callable[[Any, Any], None]
 
@@ -100,7 +101,7 @@ def _linear(layer: Any, weights: dict[str, Any], name: str) -> None:
 def _build_mlp(sizes: dict[str, Any], weights: dict[str, Any]) -> Any:
     widths = sizes["widths"]
     layers: list[Any] = []
-    for i, (m, n) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (m, n) in enumerate(itertools.pairwise(widths)):
         layers += [torch.nn.Linear(m, n), torch.nn.ReLU()]
         _linear(layers[-2], weights, str(i))
     return torch.nn.Sequential(*layers[:-1])
@@ -243,8 +244,8 @@ VARIANTS: dict[str, Callable[[Any, dict[str, Any]], Step]] = {
 }
 
 
-def _faster_threads(work: Callable[[], Any], times: int) -> int:
-    """Sets one thread or all of them, whichever does the work sooner; returns how many.
+def _faster_threads(work: Callable[[], Any]) -> None:
+    """Sets one thread or all of them, whichever does the work sooner.
 
     On small networks, and on a busy machine, threads cost more than they give.
     """
@@ -253,12 +254,10 @@ def _faster_threads(work: Callable[[], Any], times: int) -> int:
         torch.set_num_threads(threads)
         work()
         began = time.perf_counter()
-        for _ in range(times):
+        for _ in range(TRIAL_STEPS):
             work()
         seconds[threads] = time.perf_counter() - began
-    best = min(seconds, key=lambda n: seconds[n])
-    torch.set_num_threads(best)
-    return best
+    torch.set_num_threads(min(seconds, key=lambda n: seconds[n]))
 
 
 class Worker:
@@ -281,9 +280,10 @@ class Worker:
         x, y = self.data["x"], self.data["y"]
         with torch.no_grad():
             loss = cross_entropy(self.model(x), y)
-        if "rows" not in self.data:
-            model = copy.deepcopy(self.model)
-            _faster_threads(lambda: cross_entropy(model(x), y).backward(), TRIAL_STEPS)
+        model = copy.deepcopy(self.model)
+        if "rows" in self.data:  # Steps are on so many examples, not on all.
+            x, y = x[self.data["rows"][0]], y[self.data["rows"][0]]
+        _faster_threads(lambda: cross_entropy(model(x), y).backward())
         packages = ("torch", "pytorch_optimizer")
         versions = {name: importlib.metadata.version(name) for name in packages}
         return {"loss": float(loss), "versions": versions, "threads": torch.get_num_threads()}
@@ -303,11 +303,8 @@ class Worker:
 
     def run(self, variant: str, settings: dict[str, Any]) -> dict[str, Any]:
         """Trains from the file's weights over its batches; returns the seconds and the loss."""
-        rows = self.data["rows"]
-        few = rows[:RUN_TRIAL_STEPS]
-        threads = _faster_threads(lambda: self._train(variant, settings, few), 1)
-        seconds, loss = self._train(variant, settings, rows)
-        return {"seconds": seconds, "loss": loss, "threads": threads}
+        seconds, loss = self._train(variant, settings, self.data["rows"])
+        return {"seconds": seconds, "loss": loss, "threads": torch.get_num_threads()}
 
     def _train(self, variant: str, settings: dict[str, Any], rows: Any) -> tuple[float, float]:
         began = time.perf_counter()
