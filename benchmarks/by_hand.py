@@ -36,7 +36,7 @@ class Alternative(NamedTuple):
     init: Callable[[Any], Carry]
 
 
-def compiled(step: Step) -> Step:
+def compiled(step: Step) -> Any:
     """The step, jitted; the old carry gives its memory to the new one."""
     return jax.jit(step, donate_argnums=0)
 

@@ -1,7 +1,7 @@
 """The methods that the benchmarks measure, each on its base optimiser, and their gradients."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import optax
@@ -16,7 +16,7 @@ EVERY = 5  # Of the methods that do something once in a while; a turn is a multi
 INNER_STEPS, GAMMA = 5, 0.1
 REPLICAS = 3
 
-Optimizer = optax.GradientTransformationExtraArgs
+Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
 Build = Callable[[], Optimizer]
 
 
