@@ -86,7 +86,8 @@ def _measure_group(
 
     def ours(name: str, method: str, library: str, step: Any, init: Any) -> None:
         carry = by_hand.fresh_carry(init, problem.params)
-        turn = timing.turn_of(by_hand.compiled(step), carry, problem.batch)
+        program = by_hand.compiled(step).lower(carry, problem.batch).compile()
+        turn = timing.turn_of(program, carry, problem.batch)
         count = methods.gradients_per_step(method)
         add(name, turn, method=method, library=library, base=base, gradients_per_step=count)
 
@@ -147,7 +148,7 @@ def lines(results: dict[str, Any]) -> list[str]:
         slower = [
             f"{row['method']} than {row['variant']} ({row['flatopt_over_it']['median']:.2f}x)"
             for row in result["rows"]
-            if row.get("flatopt_over_it", {"median": 0})["median"] > 1
+            if round(row.get("flatopt_over_it", {"median": 0})["median"], 2) > 1
         ]
         text += ["", f"Slower here: {'; '.join(slower) or 'none'}.", ""]
         for name, error in result["peer_errors"].items():

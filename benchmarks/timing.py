@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+LONGEST_TURN = 2.0  # Seconds, about: slow variants take fewer steps.
+
 Turn = Callable[[int], float]
 Step = Callable[[Any, Any], Any]
 
@@ -37,7 +39,8 @@ def interleaved_seconds(
       turns: name to a function from a number of steps to the seconds of one step.
       repeats: rounds; in each, every variant has one turn. The first moves to the end from round
         to round, so that none always follows the same one.
-      steps: how many, in one turn.
+      steps: how many, in one turn; fewer where the warming round says that they take too
+        long.
       on_turn: called after each turn, to show progress.
 
     Returns:
@@ -45,13 +48,18 @@ def interleaved_seconds(
     """
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     names = list(turns)
-    for number in range(repeats + 1):
-        for name in names:
-            value = turns[name](steps)
-            if number:
-                seconds[name].append(value)
-            on_turn()
+    own_steps = {}
+    for name in names:
+        value = turns[name](1)
+        own_steps[name] = max(1, min(steps, int(LONGEST_TURN / value)))
+        if own_steps[name] > 1:  # The rest of a whole turn.
+            turns[name](own_steps[name] - 1)
+        on_turn()
+    for _ in range(repeats):
         names = names[1:] + names[:1]
+        for name in names:
+            seconds[name].append(turns[name](own_steps[name]))
+            on_turn()
     return seconds
 
 
