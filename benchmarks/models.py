@@ -56,8 +56,12 @@ def cnn(
     image: int = 32,
     batch_size: int = 64,
     dtype: str = "float32",
+    plain: bool = False,
 ) -> Problem:
-    """Blocks of 3x3 convolution, ReLU and 2x2 maximum, then a mean and a dense layer."""
+    """Blocks of 3x3 convolution, ReLU and 2x2 maximum, then a mean and a dense layer.
+
+    `plain`: with the gradient that JAX derives for a convolution; see `_convolve`.
+    """
     rng = np.random.default_rng(0)
     params = {
         "convolutions": [
@@ -67,7 +71,9 @@ def cnn(
         "head": _dense(rng, channels[-1], CLASSES),
     }
     sizes = {"channels": channels, "image": image, "batch_size": batch_size, "dtype": dtype}
-    return _problem("cnn", params, _cnn_logits, (batch_size, image, image, 3), sizes)
+    logits = functools.partial(_cnn_logits, _plain_convolve if plain else _convolve)
+    shape = (batch_size, image, image, 3)
+    return _problem("cnn", params, logits, shape, sizes | {"plain": plain})
 
 
 def transformer(
@@ -123,14 +129,16 @@ def wide_resnet(
 MODELS: dict[str, Callable[..., Problem]] = {
     "mlp": mlp,
     "cnn": cnn,
+    "cnn_plain": functools.partial(cnn, plain=True),
     "transformer": transformer,
     "wide_resnet": wide_resnet,
 }
 
 
 def default_models() -> list[str]:
-    """All of them; the wide residual network only where a GPU is at hand."""
-    return [n for n in MODELS if n != "wide_resnet" or jax.default_backend() == "gpu"]
+    """The three small ones; where a GPU is at hand the wide residual network too."""
+    names = ["mlp", "cnn", "transformer"]
+    return [*names, "wide_resnet"] if jax.default_backend() == "gpu" else names
 
 
 def num_params(problem: Problem) -> int:
@@ -166,13 +174,38 @@ def _mlp_logits(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
     return _apply(params[-1], x)
 
 
-def _cnn_logits(params: dict[str, Any], x: jax.Array) -> jax.Array:
-    convolve = functools.partial(
-        jax.lax.conv_general_dilated,
-        window_strides=(1, 1),
-        padding="SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+def _plain_convolve(x: jax.Array, kernel: jax.Array, padding: Any = "SAME") -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+@jax.custom_vjp
+def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A convolution whose gradients are convolutions of channels-last images too.
+
+    XLA's CPU backend has fast kernels for that layout only. It rearranges other layouts, among them
+    those of a convolution's derived gradients, in the main program, but not in branches and loops,
+    where they run tens of times slower: https://github.com/jax-ml/jax/issues/12868.
+    """
+    return _plain_convolve(x, kernel)
+
+
+def _convolve_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> Any:
+    x, kernel = saved
+    to_x = _plain_convolve(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+    # Channels as examples, examples as channels: the window is the image.
+    pad = kernel.shape[0] // 2
+    to_kernel = _plain_convolve(
+        x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), [(pad, pad), (pad, pad)]
+    )
+    return to_x, to_kernel.transpose(1, 2, 0, 3)
+
+
+_convolve.defvjp(lambda x, kernel: (_convolve(x, kernel), (x, kernel)), _convolve_backward)
+
+
+def _cnn_logits(convolve: Any, params: dict[str, Any], x: jax.Array) -> jax.Array:
     for layer in params["convolutions"]:
         x = jax.nn.relu(convolve(x, layer["kernel"]) + layer["bias"])
         batch, height, width, channels = x.shape

@@ -65,7 +65,15 @@ def test_models_compute_in_half_precision_what_they_do_in_single(name: str):
     assert jax.tree.structure(grads) == jax.tree.structure(single.params)
 
 
-def test_the_wide_residual_network_is_wrn_16_4(monkeypatch):
+def test_the_convolutions_gradient_is_the_one_that_jax_derives():
+    problem, plain = _tiny("cnn"), models.cnn((4, 8), 8, 4, plain=True)
+    own, derived = (
+        jax.jit(jax.grad(p.loss_fn, argnums=(0, 1)))(p.params, *p.batch) for p in (problem, plain)
+    )
+    cases.assert_close(own, derived)
+
+
+def test_the_wide_residual_network_is_wrn_16_4():
     # Only shapes: it is made for a GPU.
     problem = jax.eval_shape(lambda: models.wide_resnet(batch_size=2).params)
     assert sum(leaf.size for leaf in jax.tree.leaves(problem)) == 2_748_890
