@@ -148,7 +148,8 @@ def lines(results: dict[str, Any]) -> list[str]:
         slower = [
             f"{row['method']} than {row['variant']} ({row['flatopt_over_it']['median']:.2f}x)"
             for row in result["rows"]
-            if round(row.get("flatopt_over_it", {"median": 0})["median"], 2) > 1
+            if row["library"] != "flatopt"
+            and round(row.get("flatopt_over_it", {"median": 0})["median"], 2) > 1
         ]
         text += ["", f"Slower here: {'; '.join(slower) or 'none'}.", ""]
         for name, error in result["peer_errors"].items():
