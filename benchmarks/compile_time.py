@@ -41,7 +41,7 @@ MODELS: dict[str, tuple[Callable[[], Problem], list[str]]] = {
     ),
     f"transformer{DEEP}": (
         functools.partial(models.transformer, 64, DEEP, 16, batch_size=2),
-        [*FEW, ONE_GRAPH],
+        ["sgd", "sam", ONE_GRAPH],
     ),
 }
 SMALL = ["mlp", "transformer", f"mlp{DEEP}"]
