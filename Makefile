@@ -31,8 +31,12 @@ lint: $(VENV)/.installed-lint  ## style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-bench  ## the short benchmarks
-	$(BIN)/python -m benchmarks.step_time $(BENCH_ARGS)
+bench: $(VENV)/.installed-bench  ## the short form of the benchmarks: tables, and JSON in out/bench
+	$(BIN)/python -m benchmarks.step_time --quick --json out/bench/step_time.json $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.memory --quick --json out/bench/memory.json
+	$(BIN)/python -m benchmarks.compile_time --quick --json out/bench/compile_time.json
+	$(BIN)/python -m benchmarks.whole_run --quick --json out/bench/whole_run.json $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.scaling --quick --json out/bench/scaling.json
 
 clean:  ## remove the virtual environment and every output
 	rm -rf $(VENV) out

@@ -1,7 +1,8 @@
 """Writes the tables of the documentation from the committed results.
 
 `python -m benchmarks.render`. A page says `<!-- table: compare_digits -->`; what stands from there
-to `<!-- end -->` is replaced by the table of `results/compare_digits.json`.
+to `<!-- end -->` is replaced by the table of `results/compare_digits.json`, or by nothing where
+there is no such file yet. `python -m benchmarks.draw` draws the plots that stand under tables.
 """
 
 import json
@@ -12,13 +13,25 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import local_entropy
+from benchmarks import (
+    compile_time,
+    draw,
+    local_entropy,
+    memory,
+    scaling,
+    step_time,
+    whole_run,
+)
 from examples import perceptron
 from examples.report import Estimate
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "benchmarks" / "README.md",
+]
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
@@ -31,9 +44,15 @@ def render(page: Path) -> str:
 def table(name: str, up: str) -> str:
     """The table and the provenance line of one results file; `up` leads to the root."""
     file = name.removeprefix("batch_norm_")  # The second table of a comparison.
-    results = json.loads((RESULTS / f"{file}.json").read_text())
     kind = next(kind for kind in _TABLES if name.startswith(kind))
-    return "\n".join([*_TABLES[kind](results), "", _provenance(file, up, results), ""])
+    path = RESULTS / f"{file}.json"
+    if not path.exists():
+        return ""
+    results = json.loads(path.read_text())
+    lines = [*_TABLES[kind](results), "", _provenance(file, up, results), ""]
+    if kind in draw.KINDS:
+        lines += [f"![{file}]({up}benchmarks/plots/{file}.png)", ""]
+    return "\n".join(lines)
 
 
 def _compare(results: dict[str, Any]) -> list[str]:
@@ -70,17 +89,6 @@ def _batch_norm(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _step_time(results: dict[str, Any]) -> list[str]:
-    lines = ["| step | ms | over sgd, median | range |", "| --- | ---: | ---: | ---: |"]
-    for name, row in results["variants"].items():
-        r = row["over_base"]
-        lines.append(
-            f"| {name} | {row['milliseconds']:.1f} | {r['median']:.2f} "
-            f"| {r['min']:.2f} to {r['max']:.2f} |"
-        )
-    return lines
-
-
 def _local_entropy(results: dict[str, Any]) -> list[str]:
     return local_entropy.table(results["results"]).splitlines()
 
@@ -92,9 +100,13 @@ def _perceptron(results: dict[str, Any]) -> list[str]:
 _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "batch_norm_compare": _batch_norm,
     "compare": _compare,
+    "compile_time": compile_time.lines,
     "local_entropy": _local_entropy,
+    "memory": memory.lines,
     "perceptron": _perceptron,
-    "step_time": _step_time,
+    "scaling": scaling.lines,
+    "step_time": step_time.lines,
+    "whole_run": whole_run.lines,
 }
 
 

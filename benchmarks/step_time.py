@@ -1,168 +1,214 @@
-"""Time of a jitted training step of each method over its base optimiser, in one process.
+"""Time of a jitted training step of each method over its base optimiser.
 
-    python -m benchmarks.step_time --repeats 9 --json benchmarks/results/step_time.json
+    python -m benchmarks.step_time --models mlp --json benchmarks/results/step_time_mlp.json
 
-Next to each method stand what a user would write by hand and what optax offers.
+Next to each method, in the same rounds of one run, stand what a user would write by hand, what
+optax offers and, with `--peers`, what PyTorch users take.
 """
 
 import argparse
-import functools
-import itertools
-import statistics
-from collections.abc import Callable
+import contextlib
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
+from tqdm import tqdm
 
-import flatopt
-from benchmarks import record, timing
+from benchmarks import by_hand, methods, models, peers, record, timing
+from benchmarks.models import Problem
 
-WIDTHS = (3072, 1024, 1024, 1024, 1024, 10)
-BATCH_SIZE = 64
-LEARNING_RATE, MOMENTUM, RHO = 0.01, 0.9, 0.05
-BASE = "sgd"
-EMA_DECAY = 0.999
-
-Carry = tuple[Any, Any]
+QUICK_METHODS = ["sam", "msam", "looksam every=5", "swa", "params_ema", "lookahead"]
 
 
-def init_params(key: jax.Array) -> list[dict[str, jax.Array]]:
-    """Weights of a ReLU network, He-scaled."""
-    sizes = list(itertools.pairwise(WIDTHS))
-    keys = jax.random.split(key, len(sizes))
-    return [
-        {"kernel": jax.random.normal(k, (m, n)) * (2 / m) ** 0.5, "bias": jnp.zeros(n)}
-        for k, (m, n) in zip(keys, sizes, strict=True)
-    ]
-
-
-def loss_fn(params: list[dict[str, jax.Array]], x: jax.Array, y: jax.Array) -> jax.Array:
-    """Mean cross-entropy."""
-    *hidden, last = params
-    for layer in hidden:
-        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
-    logits = x @ last["kernel"] + last["bias"]
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
-
-
-def sgd() -> optax.GradientTransformationExtraArgs:
-    """The base optimiser of every method."""
-    return optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
-
-
-def methods() -> dict[str, optax.GradientTransformationExtraArgs]:
-    """The optimisers under test."""
-    return {
-        BASE: sgd(),
-        "sam": optax.chain(flatopt.sam(RHO), sgd()),
-        "asam": optax.chain(flatopt.asam(RHO), sgd()),
-        "sam every=5": optax.chain(flatopt.sam(RHO, every=5), sgd()),
-        "msam": flatopt.msam(sgd(), RHO),
-        "swa": optax.chain(sgd(), flatopt.swa()),
-        "params_ema": optax.chain(sgd(), flatopt.params_ema(EMA_DECAY)),
+def measure(
+    problem: Problem, names: list[str], repeats: int, steps: int, worker: peers.Worker | None = None
+) -> dict[str, Any]:
+    """Measures methods on one model; what the results file says of it."""
+    groups = methods.chosen_groups(names)
+    result: dict[str, Any] = {
+        "sizes": problem.sizes,
+        "num_params": models.num_params(problem),
+        "peer_errors": {},
     }
+    available: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if worker is not None:
+            try:
+                loss = float(jax.jit(problem.loss_fn)(problem.params, *problem.batch))
+                answer = worker.load(problem, Path(folder))
+                result["loss"] = {"flatopt": loss, "peers": answer["loss"]}
+                result["peer_versions"], result["peer_threads"] = (
+                    answer["versions"],
+                    answer["threads"],
+                )
+                available = _try_peers(worker, list(peers.PEERS), result["peer_errors"])
+            except peers.PeerError as error:
+                result["peer_errors"]["all"] = str(error)
+        rows: dict[str, dict[str, Any]] = {}
+        for title, group in groups.items():
+            for name, row in _measure_group(
+                title, group, problem, repeats, steps, worker, available
+            ).items():
+                rows.setdefault(name, row)
+    result["rows"] = list(rows.values())
+    return result
 
 
-def train_step(tx: optax.GradientTransformationExtraArgs, x: jax.Array, y: jax.Array) -> Any:
-    """The compiled step of a training loop with flatopt."""
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(carry: Carry) -> Carry:
-        params, opt_state = carry
-        grads = jax.grad(loss_fn)(params, x, y)
-        grad_fn = flatopt.make_grad_fn(loss_fn, x, y)
-        updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
-        return optax.apply_updates(params, updates), opt_state
-
-    return step
+def _try_peers(worker: peers.Worker, names: list[str], errors: dict[str, str]) -> dict[str, float]:
+    """Passes a step of those that can take some; why not, of the others, goes into `errors`."""
+    available = {}
+    for name in names:
+        try:
+            available[name] = worker.passes_per_step(name, peers.SETTINGS)
+        except peers.PeerError as error:
+            errors[name] = str(error)
+    return available if peers.BASE in available else {}
 
 
-def sam_by_hand(x: jax.Array, y: jax.Array) -> Any:
-    """The least that SAM needs, without any library but optax's SGD."""
-    optimizer = sgd()
+def _measure_group(
+    title: str,
+    group: dict[str, methods.Build],
+    problem: Problem,
+    repeats: int,
+    steps: int,
+    worker: peers.Worker | None,
+    available: dict[str, float],
+) -> dict[str, dict[str, Any]]:
+    """Rows of a base, its methods and what stands beside them, from turns in one another's time."""
+    base = next(iter(group))
+    turns: dict[str, timing.Turn] = {}
+    rows: dict[str, dict[str, Any]] = {}
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(carry: Carry) -> Carry:
-        params, opt_state = carry
-        grads = jax.grad(loss_fn)(params, x, y)
-        scale = RHO / (optax.tree.norm(grads) + 1e-12)
-        perturbed = jax.tree.map(lambda p, g: p + scale * g, params, grads)
-        grads = jax.grad(loss_fn)(perturbed, x, y)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+    def add(name: str, turn: timing.Turn, **about: Any) -> None:
+        turns[name] = turn
+        rows[name] = {"variant": name, **about}
 
-    return step
+    def ours(name: str, method: str, library: str, step: Any, init: Any) -> None:
+        carry = by_hand.fresh_carry(init, problem.params)
+        program = by_hand.compiled(step).lower(carry, problem.batch).compile()
+        turn = timing.turn_of(program, carry, problem.batch)
+        count = methods.gradients_per_step(method)
+        add(name, turn, method=method, library=library, base=base, gradients_per_step=count)
+
+    for name, build in group.items():
+        tx = build()
+        step = by_hand.with_flatopt(tx, problem.loss_fn)
+        ours(name, name, "flatopt", step, by_hand.init_of(tx))
+    for other in by_hand.alternatives():
+        if other.method in group:
+            library = other.name if other.name.startswith("optax") else "by hand"
+            library = "flatopt" if other.name == "sam_value_and_grad" else library
+            ours(other.name, other.method, library, other.step(problem.loss_fn), other.init)
+    beside = [name for name in available if peers.PEERS[name] in group]
+    if worker is not None and any(name != peers.BASE for name in beside):
+        for name in beside:
+            turn = worker.turn_of(name, peers.SETTINGS)
+            add(
+                f"PyTorch {name}",
+                turn,
+                method=peers.PEERS[name],
+                library="PyTorch",
+                base=f"PyTorch {peers.BASE}",
+                gradients_per_step=available[name],
+            )
+
+    with tqdm(
+        total=(repeats + 1) * len(turns), desc=f"{problem.name}: {title}", disable=None
+    ) as bar:
+        seconds = timing.interleaved_seconds(turns, repeats, steps, bar.update)
+    for name, row in rows.items():
+        row["milliseconds"] = timing.summary([1e3 * s for s in seconds[name]])
+        row["over_base"] = timing.ratio(seconds[name], seconds[row["base"]])
+        if name != row["method"]:
+            row["flatopt_over_it"] = timing.ratio(seconds[row["method"]], seconds[name])
+    return rows
 
 
-def optax_sam(x: jax.Array, y: jax.Array, *, opaque: bool) -> tuple[Any, Callable[[Any], Any]]:
-    """`optax.contrib.sam`: its step, one whole SAM step a call, and its init."""
-    adversarial = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
-    tx = optax.contrib.sam(sgd(), adversarial, sync_period=2, opaque_mode=opaque)
+def lines(results: dict[str, Any]) -> list[str]:
+    """The results as Markdown."""
+    text = []
+    for model, result in results["models"].items():
+        text += [
+            f"{model}, {result['num_params']:,} parameters:",
+            "",
+            "| step | gradients | ms | over its base | flatopt over it |",
+            "| --- | ---: | ---: | ---: | ---: |",
+        ]
+        for row in result["rows"]:
+            beside = row.get("flatopt_over_it")
+            text.append(
+                f"| {row['variant']} | {row['gradients_per_step']:g} "
+                f"| {row['milliseconds']['median']:.2f} | {show(row['over_base'])} "
+                f"| {show(beside) if beside else ''} |"
+            )
+        if result.get("peer_versions"):
+            versions = ", ".join(f"{k} {v}" for k, v in result["peer_versions"].items())
+            text += ["", f"PyTorch's side: {versions}, threads: {result['peer_threads']}."]
+        slower = [
+            f"{row['method']} than {row['variant']} ({row['flatopt_over_it']['median']:.2f}x)"
+            for row in result["rows"]
+            if row["library"] != "flatopt"
+            and round(row.get("flatopt_over_it", {"median": 0})["median"], 2) > 1
+        ]
+        text += ["", f"Slower here: {'; '.join(slower) or 'none'}.", ""]
+        for name, error in result["peer_errors"].items():
+            text += [f"Did not run: {name}: {error}", ""]
+    return text[:-1]
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(carry: Carry) -> Carry:
-        params, opt_state = carry
-        for _ in range(1 if opaque else 2):
-            grads = jax.grad(loss_fn)(params, x, y)
-            extra = {"grad_fn": lambda p, _: jax.grad(loss_fn)(p, x, y)} if opaque else {}
-            updates, opt_state = tx.update(grads, opt_state, params, **extra)
-            params = optax.apply_updates(params, updates)
-        return params, opt_state
 
-    return step, lambda params: tx.init(jax.tree.map(jnp.copy, params))
-
-
-def measure(repeats: int, steps: int) -> dict[str, list[float]]:
-    """Seconds per step of every variant."""
-    key_x, key_y, key_w = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(key_x, (BATCH_SIZE, WIDTHS[0]))
-    y = jax.random.randint(key_y, (BATCH_SIZE,), 0, WIDTHS[-1])
-    variants: dict[str, tuple[Any, Any]] = {}
-
-    def add(name: str, step: Any, init: Callable[[Any], Any]) -> None:
-        params = init_params(key_w)
-        # Transparent optax SAM aliases its parameters in its state, which forbids donation.
-        variants[name] = (step, jax.tree.map(jnp.copy, (params, init(params))))
-
-    for name, tx in methods().items():
-        add(name, train_step(tx, x, y), tx.init)
-    add("sam, by hand", sam_by_hand(x, y), sgd().init)
-    add("optax.contrib.sam, opaque", *optax_sam(x, y, opaque=True))
-    add("optax.contrib.sam, transparent", *optax_sam(x, y, opaque=False))
-    return timing.interleaved_seconds(variants, repeats, steps)
+def show(r: dict[str, float], digits: int = 2) -> str:
+    """A median and its range."""
+    return f"{r['median']:.{digits}f} [{r['min']:.{digits}f}, {r['max']:.{digits}f}]"
 
 
 def main() -> None:
-    """Measures, prints a table and writes JSON where asked."""
+    """Measures, prints tables and writes JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=9, help="interleaved rounds (9)")
-    parser.add_argument("--steps", type=int, default=5, help="steps in a round (5)")
-    parser.add_argument("--json", type=Path, help="also write the results here")
-    arguments = parser.parse_args()
-    if arguments.repeats < 1 or arguments.steps < 1:
-        parser.error("--repeats and --steps must be at least 1.")
-    seconds = measure(arguments.repeats, arguments.steps)
-    rows: dict[str, dict[str, Any]] = {
-        name: {
-            "milliseconds": 1e3 * statistics.median(values),
-            "over_base": timing.ratio(values, seconds[BASE]),
-        }
-        for name, values in seconds.items()
-    }
-    print(f"{'variant':32} {'ms':>8} {'over sgd':>9}  range")
-    for name, row in rows.items():
-        r = row["over_base"]
-        print(
-            f"{name:32} {row['milliseconds']:8.2f} {r['median']:9.3f}  "
-            f"{r['min']:.3f} to {r['max']:.3f}"
-        )
-    if arguments.json:
-        settings = {"repeats": arguments.repeats, "steps": arguments.steps}
-        model = {"widths": WIDTHS, "batch_size": BATCH_SIZE}
-        record.write(arguments.json, {"settings": settings, "model": model, "variants": rows})
+    add = parser.add_argument
+    add("--models", help=f"commas between: {', '.join(models.MODELS)} (all; the last on GPUs)")
+    add("--methods", help="commas between, or `all`, or `main` (all on mlp, main on the others)")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="to compute in")
+    add("--repeats", type=int, help="interleaved rounds (9; 3 with --quick)")
+    add("--steps", type=int, default=5, help="steps in a turn, a multiple of 5 (5)")
+    add("--quick", action="store_true", help="few methods and rounds")
+    add("--json", type=Path, help="also write the results here")
+    peers.add_arguments(parser)
+    args = parser.parse_args()
+    repeats = args.repeats or (3 if args.quick else 9)
+    if repeats < 1 or args.steps < 1 or args.steps % methods.EVERY:
+        parser.error("--repeats must be >= 1, and --steps a multiple of 5.")
+    chosen = args.models.split(",") if args.models else models.default_models()
+    for name in chosen:
+        if name not in models.MODELS:
+            parser.error(f"--models: {name!r} is none of {', '.join(models.MODELS)}.")
+    wanted = _chosen_methods(args.methods, args.quick, parser)
+    results = {}
+    with contextlib.ExitStack() as stack:
+        worker = stack.enter_context(peers.Worker(args.peers_python)) if args.peers else None
+        for name in chosen:
+            problem = models.MODELS[name](dtype=args.dtype)
+            names = wanted or (list(methods.METHODS) if name == "mlp" else methods.MAIN)
+            results[name] = measure(problem, names, repeats, args.steps, worker)
+    settings = {"repeats": repeats, "steps": args.steps, "dtype": args.dtype}
+    print("\n".join(lines({"models": results})))
+    if args.json:
+        record.write(args.json, {"settings": settings, "models": results})
+
+
+def _chosen_methods(
+    text: str | None, quick: bool, parser: argparse.ArgumentParser
+) -> list[str] | None:
+    """The names; None: what is usual for the model."""
+    if text is None:
+        return QUICK_METHODS if quick else None
+    if text in ("all", "main"):
+        return list(methods.METHODS) if text == "all" else methods.MAIN
+    names = text.split(",")
+    for name in names:
+        if name not in methods.METHODS:
+            parser.error(f"--methods: {name!r} is none of {', '.join(methods.METHODS)}.")
+    return names
 
 
 if __name__ == "__main__":

@@ -7,37 +7,67 @@ from typing import Any
 
 import jax
 
-Step = Callable[[Any], Any]
+LONGEST_TURN = 2.0  # Seconds, about: slow variants take fewer steps.
+
+Turn = Callable[[int], float]
+Step = Callable[[Any, Any], Any]
+
+
+def turn_of(step: Step, carry: Any, batch: Any) -> Turn:
+    """Takes steps of a compiled function, and returns the seconds of one."""
+
+    def turn(steps: int) -> float:
+        nonlocal carry
+        start = time.perf_counter()
+        for _ in range(steps):
+            carry = step(carry, batch)
+        jax.block_until_ready(carry)
+        return (time.perf_counter() - start) / steps
+
+    return turn
 
 
 def interleaved_seconds(
-    variants: Mapping[str, tuple[Step, Any]], repeats: int, steps: int
+    turns: Mapping[str, Turn],
+    repeats: int,
+    steps: int,
+    on_turn: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds per step of each variant, one number a repeat.
 
     Args:
-      variants: name to `(step, carry)`; `step` maps a carry to the next one and is compiled.
-      repeats: rounds; in each, every variant runs once, one after the other.
-      steps: calls of `step` in one run.
+      turns: name to a function from a number of steps to the seconds of one step.
+      repeats: rounds; in each, every variant has one turn. The first moves to the end from round
+        to round, so that none always follows the same one.
+      steps: how many, in one turn; fewer where the warming round says that they take too
+        long.
+      on_turn: called after each turn, to show progress.
 
     Returns:
       For each name, `repeats` numbers. The first, warming round is not among them.
     """
-    carries = {name: carry for name, (_, carry) in variants.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(repeats + 1):
-        for name, (step, _) in variants.items():
-            carry = carries[name]
-            start = time.perf_counter()
-            for _ in range(steps):
-                carry = step(carry)
-            jax.block_until_ready(carry)
-            seconds[name].append((time.perf_counter() - start) / steps)
-            carries[name] = carry
-    return {name: values[1:] for name, values in seconds.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    names = list(turns)
+    own_steps = {}
+    for name in names:
+        value = turns[name](1)
+        own_steps[name] = max(1, min(steps, int(LONGEST_TURN / value)))
+        if own_steps[name] > 1:  # The rest of a whole turn.
+            turns[name](own_steps[name] - 1)
+        on_turn()
+    for _ in range(repeats):
+        names = names[1:] + names[:1]
+        for name in names:
+            seconds[name].append(turns[name](own_steps[name]))
+            on_turn()
+    return seconds
 
 
 def ratio(seconds: list[float], base: list[float]) -> dict[str, float]:
     """Median and range, over the rounds, of the ratio of two variants of the same round."""
-    ratios = [a / b for a, b in zip(seconds, base, strict=True)]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    return summary([a / b for a, b in zip(seconds, base, strict=True)])
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

@@ -1,0 +1,224 @@
+"""The benchmarks in small: what they compare is the same, and what they write can be rendered."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from benchmarks import (
+    by_hand,
+    compile_time,
+    draw,
+    memory,
+    methods,
+    models,
+    peers,
+    render,
+    scaling,
+    step_time,
+    timing,
+    whole_run,
+)
+from tests import cases
+
+# Pieces of methods, what needs a named axis, and what only records.
+NOT_MEASURED = {
+    "gradient_at", "reuse_direction", "couple_replicas", "gossip", "hold_replicas",
+    "record_gradient_norm", "record_sharpness", "record_distance", "record_cosine",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _plain_jax():
+    """As in a program of a user; and no window for plots."""
+    plt.switch_backend("agg")
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def _tiny(name: str = "mlp", dtype: str = "float32") -> models.Problem:
+    match name:
+        case "mlp":
+            return models.mlp((6, 8, 10), 4, dtype)
+        case "cnn":
+            return models.cnn((4, 8), 8, 4, dtype)
+        case "transformer":
+            return models.transformer(8, 1, 4, 6, 2, dtype)
+    raise ValueError(name)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer"])
+def test_models_compute_in_half_precision_what_they_do_in_single(name: str):
+    single, half = _tiny(name), _tiny(name, "bfloat16")
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(half.params))
+    loss, grads = jax.jit(jax.value_and_grad(single.loss_fn))(single.params, *single.batch)
+    other = jax.jit(half.loss_fn)(half.params, *half.batch)
+    assert other != loss
+    np.testing.assert_allclose(other, loss, rtol=0.1)
+    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(grads)) or name != "mlp"
+    assert jax.tree.structure(grads) == jax.tree.structure(single.params)
+
+
+def test_the_convolutions_gradient_is_the_one_that_jax_derives():
+    problem, plain = _tiny("cnn"), models.cnn((4, 8), 8, 4, plain=True)
+    own, derived = (
+        jax.jit(jax.grad(p.loss_fn, argnums=(0, 1)))(p.params, *p.batch) for p in (problem, plain)
+    )
+    cases.assert_close(own, derived)
+
+
+def test_the_wide_residual_network_is_wrn_16_4():
+    # Only shapes: it is made for a GPU.
+    problem = jax.eval_shape(lambda: models.wide_resnet(batch_size=2).params)
+    assert sum(leaf.size for leaf in jax.tree.leaves(problem)) == 2_748_890
+
+
+def test_every_method_is_measured():
+    public = {c.factory for c in cases.CASES if c.kind in ("stage", "wrapper", "average")}
+    names = {name.split()[0] for name in methods.METHODS}
+    assert public - NOT_MEASURED - names == set()
+    assert set(methods.MAIN) <= set(methods.METHODS)
+    assert set(peers.PEERS.values()) <= set(methods.METHODS)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("sgd", 1), ("sam", 2), ("looksam every=5", 1.2), ("msam", 1)]
+)
+def test_gradients_are_counted_exactly(name: str, count: float):
+    assert methods.gradients_per_step(name) == count
+
+
+@pytest.mark.parametrize("other", by_hand.alternatives(), ids=lambda a: a.name)
+def test_alternatives_take_the_steps_of_the_method(other: by_hand.Alternative):
+    """Else their times would compare nothing."""
+    problem = _tiny()
+    tx = methods.METHODS[other.method]()
+    ours = by_hand.compiled(by_hand.with_flatopt(tx, problem.loss_fn))
+    theirs = by_hand.compiled(other.step(problem.loss_fn))
+    own = by_hand.fresh_carry(by_hand.init_of(tx), problem.params)
+    carry = by_hand.fresh_carry(other.init, problem.params)
+    for _ in range(7):
+        own, carry = ours(own, problem.batch), theirs(carry, problem.batch)
+    params = carry[0].fast if other.name == "optax.lookahead" else carry[0]
+    cases.assert_close(params, own[0], rtol=1e-4, atol=1e-6)
+    moved = jax.tree.map(lambda p, q: np.abs(p - q).max(), params, problem.params)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_turns_rotate_and_the_first_round_is_dropped():
+    order: list[str] = []
+
+    def turn(name: str) -> timing.Turn:
+        def run(steps: int) -> float:
+            order.append(name)
+            return steps * len(order)
+
+        return run
+
+    seconds = timing.interleaved_seconds({n: turn(n) for n in "abc"}, repeats=2, steps=1)
+    assert order == list("abcbcacab")
+    assert seconds == {"a": [6, 8], "b": [4, 9], "c": [5, 7]}
+    assert timing.ratio(seconds["a"], seconds["b"]) == {
+        "median": (6 / 4 + 8 / 9) / 2, "min": 8 / 9, "max": 6 / 4,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def rendered(tmp_path: Path, monkeypatch) -> Any:
+    """Runs a benchmark's command line, and returns its results, table and plot."""
+
+    def run(module: Any, name: str, arguments: list[str]) -> tuple[dict[str, Any], str, bool]:
+        path = tmp_path / f"{name}.json"
+        monkeypatch.setattr(sys, "argv", [name, *arguments, "--json", str(path)])
+        module.main()
+        monkeypatch.setattr(render, "RESULTS", tmp_path)
+        drawn = draw.draw(tmp_path, tmp_path / "plots")
+        return json.loads(path.read_text()), render.table(name, "../"), bool(drawn)
+
+    return run
+
+
+def test_step_time(rendered, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "mlp", lambda dtype: _tiny("mlp", dtype))
+    command = ["--models", "mlp", "--methods", "sam,swa", "--repeats", "2", "--peers"]
+    results, table, drawn = rendered(step_time, "step_time_small", command)
+    result = results["models"]["mlp"]
+    rows = {row["variant"]: row for row in result["rows"]}
+    assert {"sgd", "sam", "swa", "sam, by hand", "optax.contrib.sam, opaque"} <= set(rows)
+    assert rows["sgd"]["over_base"] == {"median": 1, "min": 1, "max": 1}
+    assert rows["sam"]["gradients_per_step"] == 2
+    assert "flatopt_over_it" in rows["sam, by hand"]
+    assert "flatopt_over_it" not in rows["sam"]
+    assert "| sam, by hand | 2 |" in table
+    assert "Slower here: " in table
+    assert drawn
+    # What a peer could not do is said, in its own words.
+    if importlib.util.find_spec("torch") is None:
+        assert "No module named 'torch'" in result["peer_errors"]["all"]
+        assert "Did not run: all: the worker ended" in table
+    else:
+        assert rows["PyTorch SAM"]["gradients_per_step"] == 2
+
+
+def test_memory(rendered, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "mlp", lambda: models.mlp((64, 128, 128, 10), 8))
+    monkeypatch.setattr(methods, "MAIN", ["sam", "msam", "swa"])
+    results, table, _ = rendered(memory, "memory", ["--quick"])
+    rows = {row["method"]: row for row in results["models"]["mlp"]["rows"]}
+    over = {name: row["copies_over_base"] for name, row in rows.items()}
+    assert rows["sgd"]["state_copies"] == 1
+    assert over["sgd"] == {"temporary": 0, "argument": 0, "output": 0, "state": 0}
+    assert over["swa"]["state"] == pytest.approx(1, abs=1e-3)
+    assert over["swa"]["argument"] == pytest.approx(1, abs=1e-2)
+    assert over["msam"]["state"] == pytest.approx(0, abs=1e-3)
+    assert over["sam"]["temporary"] < 1.2
+    assert "| swa | 2.00 | 1.00 |" in table
+
+
+def test_compile_time(rendered, monkeypatch):
+    wanted = ["sgd", "sam", "sam, by hand"]
+    monkeypatch.setitem(compile_time.MODELS, "mlp", (_tiny, wanted))
+    command = ["--models", "mlp", "--repeats", "1"]
+    results, table, _ = rendered(compile_time, "compile_time", command)
+    rows = {row["variant"]: row for row in results["models"]["mlp"]["rows"]}
+    assert list(rows) == wanted
+    seconds = {phase: value["median"] for phase, value in rows["sam"]["seconds"].items()}
+    total = sum(seconds[phase] for phase in compile_time.PHASES)
+    assert seconds["total"] == pytest.approx(total)
+    assert min(seconds.values()) > 0
+    assert "mlp of 2 layers:" in table
+
+
+def test_whole_run(rendered):
+    command = ["--methods", "sam", "--steps", "60", "--repeats", "1"]
+    results, table, drawn = rendered(whole_run, "whole_run", command)
+    for row in results["rows"]:
+        # The first of eight seeds is the one that runs alone, and it learns.
+        assert row["loss"]["8"] == pytest.approx(row["loss"]["1"], rel=1e-3)
+        assert row["loss"]["1"] < 2.0
+        assert set(row["seconds_per_seed"]) == {"1", "8"}
+    assert "| sam | 2 |" in table
+    assert drawn
+
+
+def test_scaling(rendered, monkeypatch):
+    monkeypatch.setattr(scaling, "WIDTHS", (8, 8, models.CLASSES))
+    command = ["--parts", "ascent_steps,devices", "--quick", "--repeats", "1", "--here"]
+    results, table, drawn = rendered(scaling, "scaling", command)
+    parts = results["parts"]
+    assert list(parts) == ["ascent_steps", "devices"]
+    assert list(parts["devices"]) == ["1", "4"]
+    assert list(parts["ascent_steps"]["3"]) == ["sgd", "gradient_at"]
+    assert "| devices | step | ms |" in table
+    assert drawn
+
+
+def test_a_table_without_results_is_empty(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    assert render.table("step_time_mlp", "../") == ""
