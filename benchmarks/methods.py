@@ -48,6 +48,7 @@ GROUPS: dict[str, dict[str, Build]] = {
     "one gradient": {
         "sgd": sgd,
         "msam": lambda: flatopt.msam(sgd(), RHO),
+        "msam momentum=0.9": lambda: flatopt.msam(sgd(), RHO, momentum=MOMENTUM),
         "hold_perturbed": lambda: flatopt.hold_perturbed(sgd(), flatopt.scale_to_norm(RHO)),
         "alternate": lambda: flatopt.alternate(flatopt.scale_to_norm(RHO), sgd()),
         "sam every=5": _before(lambda: flatopt.sam(RHO, every=EVERY)),
@@ -110,8 +111,8 @@ METHODS: dict[str, Build] = {
 
 # What most users take: measured on every model.
 MAIN = [
-    "sgd", "sam", "msam", "sam every=5", "looksam every=5", "swa", "params_ema", "lookahead",
-    "asam", "gsam", "wsam", "local_entropy L=5",
+    "sgd", "sam", "msam", "msam momentum=0.9", "sam every=5", "looksam every=5", "swa", "params_ema",
+    "lookahead", "asam", "gsam", "wsam", "local_entropy L=5",
 ]  # fmt: skip
 
 

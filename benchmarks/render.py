@@ -57,8 +57,8 @@ def table(name: str, up: str) -> str:
 
 def _compare(results: dict[str, Any]) -> list[str]:
     lines = [
-        "| method | gradients | test accuracy, % | minus sgd, points | top eigenvalue |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| method | gradients | test accuracy, % | minus sgd, points | top eigenvalue | local energy, % |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for arm in results["arms"]:
         star = r"\*" if arm["equal_gradients"] else ""
@@ -72,7 +72,8 @@ def _compare(results: dict[str, Any]) -> list[str]:
         )
         lines.append(
             f"| {arm['method']}{star} | {arm['gradient_evaluations_per_seed']} | {accuracy} "
-            f"| {difference} | {arm['top_eigenvalue_mean']:.2g} |"
+            f"| {difference} | {arm['top_eigenvalue_mean']:.2g} "
+            f"| {100 * np.mean(arm['local_energy']):.2f} |"
         )
     return lines
 
