@@ -111,8 +111,8 @@ METHODS: dict[str, Build] = {
 
 # What most users take: measured on every model.
 MAIN = [
-    "sgd", "sam", "msam", "msam momentum=0.9", "sam every=5", "looksam every=5", "swa", "params_ema",
-    "lookahead", "asam", "gsam", "wsam", "local_entropy L=5",
+    "sgd", "sam", "msam", "msam momentum=0.9", "sam every=5", "looksam every=5", "swa",
+    "params_ema", "lookahead", "asam", "gsam", "wsam", "local_entropy L=5",
 ]  # fmt: skip
 
 

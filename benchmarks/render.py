@@ -57,7 +57,8 @@ def table(name: str, up: str) -> str:
 
 def _compare(results: dict[str, Any]) -> list[str]:
     lines = [
-        "| method | gradients | test accuracy, % | minus sgd, points | top eigenvalue | local energy, % |",
+        "| method | gradients | test accuracy, % | minus sgd, points | top eigenvalue "
+        "| local energy, % |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for arm in results["arms"]:

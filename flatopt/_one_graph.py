@@ -62,8 +62,8 @@ def sam_value_and_grad(
 
     Notes:
       Gradient evaluations: `1 + num_steps`, in one loop. Memory: one temporary copy of the
-      parameters, and `1 + num_steps` copies of the auxiliary output. On a CPU, XLA runs gradients of
-      convolutions in a loop tens of times slower than outside: there, use `gradient_at` for them.
+      parameters, and `1 + num_steps` copies of the auxiliary output. On a CPU, XLA runs gradients
+      of convolutions in a loop tens of times slower than outside: there, use `gradient_at`.
     """
     if not callable(loss_fn):
         raise TypeError(
