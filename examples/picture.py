@@ -15,11 +15,10 @@ from matplotlib.transforms import Bbox
 
 from examples.report import Arm, Estimate
 from examples.training import LINE_POSITIONS
+from flatopt.plots import COLOURS
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, without the pale yellow.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # Shapes and dashes too, so that points and lines that coincide can be told apart.
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINE_STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 LINE_WIDTHS = (3.6, 1.4)  # From the first line to the last: a thin one does not hide a wide one.
 STYLE: Any = {
@@ -65,7 +64,7 @@ class _Look(NamedTuple):
 
 
 def _looks(arms: Sequence[Arm]) -> dict[str, _Look]:
-    """Seven colours and five line styles: 35 methods before two lines look the same."""
+    """Eight colours and five line styles: 40 methods before two lines look the same."""
     names = dict.fromkeys(arm.method for arm in arms)
     return {
         name: _Look(

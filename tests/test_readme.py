@@ -10,7 +10,7 @@ import pytest
 from benchmarks.render import PAGES, ROOT, render
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_snippets_run(page: Path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = page.read_text()
@@ -24,7 +24,7 @@ def test_snippets_run(page: Path, tmp_path, monkeypatch):
         assert len(snippets) >= 3
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_and_pictures_exist(page: Path):
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)|src=\"([^\"]+)\"", page.read_text()):
         path = target[0] or target[1]
@@ -32,12 +32,12 @@ def test_links_and_pictures_exist(page: Path):
             assert (page.parent / path).exists(), f"{page.name} names {path}, which is not there"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_tables_are_those_of_the_results_files(page: Path):
     assert page.read_text() == render(page), "run `python -m benchmarks.render`"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_tests_named_in_a_page_exist(page: Path):
     for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)", page.read_text()):
         tree = ast.parse((ROOT / file).read_text())
