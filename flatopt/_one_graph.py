@@ -80,17 +80,15 @@ def sam_value_and_grad(
         perturbation_state = perturbation.init(params)
         _require_no_memory(perturbation_state)
 
-        def evaluate(carry: tuple[Any, Any], i: jax.Array) -> tuple[tuple[Any, Any], Any]:
-            point, grads = carry
-            displacement, _ = perturbation.update(grads, perturbation_state, params, step=step)
-            displaced = optax.apply_updates(point, displacement)
-            point = jax.tree.map(lambda new, old: jnp.where(i > 0, new, old), displaced, point)
+        def evaluate(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], Any]:
+            point, _ = carry
             value, grads = grad_fn.value_and_grad(point)
-            return (point, optax.tree.cast_like(grads, params)), value
+            grads = optax.tree.cast_like(grads, params)
+            displacement, _ = perturbation.update(grads, perturbation_state, params, step=step)
+            return (optax.apply_updates(point, displacement), grads), value
 
-        points = jnp.arange(1 + (num_steps or 1))
-        carry = (params, optax.tree.zeros_like(params))
-        (_, grads), values = jax.lax.scan(evaluate, carry, points)
+        # The parameters stand for gradients that nothing reads; the last point is not used.
+        (_, grads), values = jax.lax.scan(evaluate, (params, params), length=1 + (num_steps or 1))
         return jax.tree.map(lambda value: value[0], values), grads
 
     return value_and_grad
