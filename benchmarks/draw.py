@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 from benchmarks.record import RESULTS
 
@@ -33,6 +34,11 @@ def scaling(results: dict[str, Any]) -> Figure:
             low, high = [v["min"] for v in values], [v["max"] for v in values]
             axis.fill_between(numbers, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
         axis.set(xscale="log", yscale="log", xlabel=part.replace("_", " "), ylabel="ms a step")
+        if numbers[-1] <= 100 * numbers[0]:  # Too short for powers of ten.
+            axis.set_xticks(numbers, [str(n) for n in numbers])
+        for one in (axis.xaxis, axis.yaxis):
+            one.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axis.legend(fontsize="small")
     for axis in axes.flat[len(parts) :]:
         axis.remove()
@@ -56,6 +62,7 @@ def step_time(results: dict[str, Any]) -> Figure:
             axis.plot(row["gradients_per_step"], height, "|", color="black", markersize=9)
         axis.set_yticks(range(len(result["rows"])), [r["variant"] for r in result["rows"]][::-1])
         axis.set(xscale="log", xlabel="over its base optimiser; bar: gradients", title=model)
+        axis.set_ylim(-1, len(result["rows"]))
         axis.grid(axis="x", which="both", alpha=0.3)
     return figure
 
