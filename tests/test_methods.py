@@ -375,7 +375,9 @@ def test_sampa_on_two_devices_is_sampa_on_one():
     expected = params
     for _ in range(4):
         expected, state = step(expected, state)
-    mesh = jax.make_mesh((2,), ("pair",), devices=jax.devices()[:2])
+    mesh = jax.make_mesh(
+        (2,), ("pair",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Explicit,)
+    )
     step, state = run(flatopt.sampa(cases.sgd(), RHO, axis_name="pair"))
     whole = jax.sharding.PartitionSpec()
     step = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=whole, out_specs=whole))
@@ -383,7 +385,9 @@ def test_sampa_on_two_devices_is_sampa_on_one():
     for _ in range(4):
         actual, state = step(actual, state)
     cases.assert_close(actual, expected)
-    wide = jax.make_mesh((4,), ("pair",), devices=jax.devices()[:4])
+    wide = jax.make_mesh(
+        (4,), ("pair",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Explicit,)
+    )
     step, state = run(flatopt.sampa(cases.sgd(), RHO, axis_name="pair"))
     with pytest.raises(ValueError, match="mesh axis of size 4"):
         jax.shard_map(step, mesh=wide, in_specs=whole, out_specs=whole)(params, state)
