@@ -8,10 +8,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import optax
-import sklearn.datasets
 
 from benchmarks import hessian_common as common
 from benchmarks import record
@@ -28,11 +26,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=record.RESULTS / "connectivity.json")
     args = parser.parse_args()
-    digits = sklearn.datasets.load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.data))
-    x = jnp.asarray(digits.data[order] / 16, jnp.float32)
-    y = jnp.asarray(digits.target[order], jnp.int32)
-    train, test = (x[:TRAIN], y[:TRAIN]), (x[TRAIN:], y[TRAIN:])
+    train, test = common.flat_digits(TRAIN)
     pairs = [compare(2 * i, train, test) for i in range(args.pairs)]
     for name in pairs[0]["loss_barrier"]:
         loss, error = (

@@ -1,4 +1,4 @@
-"""What the benchmarks of the measures share: networks and their training."""
+"""What the benchmarks of the measures share: data, networks and their training."""
 
 import itertools
 from typing import Any
@@ -9,6 +9,14 @@ import numpy as np
 import optax
 
 import flatopt
+from examples import digits
+
+
+def flat_digits(train_size: int) -> digits.Digits:
+    """The digits, split, each image a vector."""
+    return digits.Digits(
+        *((x.reshape(len(x), -1), y) for x, y in digits.load(train_size)),
+    )
 
 
 def init_mlp(seed: int, sizes: tuple[int, ...]) -> dict[str, dict[str, jax.Array]]:

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.stats
-import sklearn.datasets
 
 import flatopt
 from benchmarks import hessian_common as common
@@ -41,11 +39,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=record.RESULTS / "sharpness_correlation.json")
     args = parser.parse_args()
-    digits = sklearn.datasets.load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.data))
-    x = jnp.asarray(digits.data[order] / 16, jnp.float32)
-    y = jnp.asarray(digits.target[order], jnp.int32)
-    train, test = (x[:TRAIN], y[:TRAIN]), (x[TRAIN:], y[TRAIN:])
+    train, test = common.flat_digits(TRAIN)
     data = jax.tree.map(lambda leaf: leaf[None], train)
     judge = jax.jit(lambda params, data: _measure(params, data))
 
