@@ -135,19 +135,19 @@ def parle(
         )
         step = optax.safe_increment(state.step)
 
-        def synchronise() -> tuple[Any, Any, Any]:
+        def synchronise(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+            point, anchor, trace = carry
             direction = jax.tree.map(
                 lambda x, z, m: ((x - z) + now(rho) * (x - m)).astype(x.dtype),
-                state.anchor,
+                anchor,
                 mean,
                 barycentre(mean, axes),
             )
-            moved, outer_trace = descend(point, direction, state.outer_trace)
-            return moved, moved, outer_trace
+            moved, trace = descend(point, direction, trace)
+            return moved, moved, trace
 
-        point, anchor, outer_trace = jax.lax.cond(
-            step % every == 0, synchronise, lambda: (point, state.anchor, state.outer_trace)
-        )
+        carry = (point, state.anchor, state.outer_trace)
+        point, anchor, outer_trace = _tree.apply_if(step % every == 0, synchronise, carry)
         moves = jax.tree.map(lambda y, w: (y - w).astype(w.dtype), point, params)
         return moves, ParleState(step, anchor, mean, inner_trace, outer_trace)
 
