@@ -125,32 +125,26 @@ def lookahead(
             updates, state.inner_state, params, **extra_args
         )
 
-        def synchronise(carry: Any) -> Any:
-            moves, inner_state, slow, slow_state = carry
-            fast = optax.apply_updates(params, moves)
-            if keeps_fast:
-                slow = _mean.copy(fast)
-            else:
-                slow = _mean.towards(slow, fast, value_at(slow_step_size, state.step))
-                moves = _mean.moves(slow, params, moves)
-            if pull_back:
-                share = value_at(slow_step_size, state.step)
-                inner_state = _inner_state.towards(inner_state, slow_state, fast, 1 - share)
-                slow_state = inner_state
-            if reset_state:
-                inner_state = _inner_state.reset(inner_state, optimizer.init(fast), fast)
-            return moves, inner_state, slow, slow_state
-
-        slow = state.slow
+        fast = optax.apply_updates(params, fast_updates)
+        share = value_at(slow_step_size, state.step)
+        slow, slow_state = state.slow, state.slow_state
         if begin:  # Until then the slow weights are the fast ones.
-            slow = _tree.apply_if(
-                step <= begin,
-                lambda _: _mean.copy(optax.apply_updates(params, fast_updates)),
-                slow,
-            )
+            slow = _tree.where(step <= begin, _mean.copy(fast), slow)
+        # Chosen entry by entry, not in a branch: that would keep the passes over the parameters,
+        # which are all there is to do, from being one with those of the inner optimiser.
         due = (step > begin) & ((step - begin) % period == 0)
-        carry = (fast_updates, inner_state, slow, state.slow_state)
-        moves, inner_state, slow, slow_state = _tree.apply_if(due, synchronise, carry)
+        synchronised = _mean.copy(fast) if keeps_fast else _mean.towards(slow, fast, share)
+        slow = _tree.where(due, synchronised, slow)
+        moves = fast_updates
+        if not keeps_fast:
+            moves = _tree.where(due, _mean.moves(slow, params, fast_updates), fast_updates)
+        if pull_back:
+            pulled = _inner_state.towards(inner_state, slow_state, fast, 1 - share)
+            inner_state = _tree.where(due, pulled, inner_state)
+            slow_state = _tree.where(due, inner_state, slow_state)
+        if reset_state:
+            fresh = _inner_state.reset(inner_state, optimizer.init(fast), fast)
+            inner_state = _tree.where(due, fresh, inner_state)
         return moves, LookaheadState(step, inner_state, slow, slow_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

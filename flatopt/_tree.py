@@ -8,6 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+# Small leaves are joined before they are summed over: the compile time of XLA grows with the square
+# of the number of sums, and also, more slowly, with the number of leaves that are joined at once.
+JOINED_SIZE = 2**14
+JOINED_NUMBER = 32
+
 EPSILON = 1e-12  # Guards every division by a norm; the value of the SAM reference implementations.
 
 
@@ -29,13 +34,14 @@ def vdot(tree: Any, other: Any) -> jax.Array:
     a dot product would be rounded to bfloat16 or TF32 on accelerators by default.
     """
     dtype = scalar_dtype(tree)
-
-    def leaf_vdot(x: jax.Array, y: jax.Array) -> jax.Array:
-        x, y = (z.astype(accumulator_dtype(z.dtype)) for z in (x, y))
-        return jnp.sum((x.conj() * y).real, dtype=dtype)
-
-    products = jax.tree.leaves(jax.tree.map(leaf_vdot, tree, other))
-    return sum(products, start=jnp.zeros([], dtype))
+    x = jax.tree.leaves(tree)
+    y = x if other is tree else jax.tree.leaves(jax.tree.map(lambda _, leaf: leaf, tree, other))
+    total = jnp.zeros([], dtype)
+    for group in _groups(x, y):
+        left = _join(x, group)
+        right = left if y is x else _join(y, group)
+        total += jnp.sum((left.conj() * right).real, dtype=dtype)
+    return total
 
 
 def norm(tree: Any) -> jax.Array:
@@ -65,6 +71,11 @@ def orthogonal(tree: Any, to: Any) -> Any:
     # The unit vector first: the square of a small norm would fall below the guard.
     coefficient = vdot(scale(inverse_norm, to), tree) * inverse_norm
     return add_scaled(tree, -coefficient, to)
+
+
+def where(predicate: jax.Array, tree: Any, other: Any) -> Any:
+    """`tree` where `predicate`, one bool, holds; else `other`, which must look like it."""
+    return jax.tree.map(lambda x, y: jnp.where(predicate, x, y), tree, other)
 
 
 def replicate(x: jax.Array) -> jax.Array:
@@ -107,3 +118,19 @@ def is_masked(leaf: Any) -> bool:
 
 def _inexact_leaves(tree: Any) -> list[jax.Array]:
     return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+
+
+def _groups(*trees: list[jax.Array]) -> list[list[int]]:
+    """Numbers of the leaves that are summed together; `trees` have leaves of the same shapes."""
+    leaves = trees[0]
+    small = [i for i, x in enumerate(leaves) if x.size <= JOINED_SIZE]
+    # Mesh axes that are explicit would have to be the same on all leaves.
+    joined = [i for i in small if not any(any(jax.typeof(x[i]).sharding.spec) for x in trees)]
+    groups = [joined[i : i + JOINED_NUMBER] for i in range(0, len(joined), JOINED_NUMBER)]
+    return groups + [[i] for i in sorted(set(range(len(leaves))) - set(joined))]
+
+
+def _join(leaves: list[jax.Array], group: list[int]) -> jax.Array:
+    """The chosen leaves as one array, to be summed over."""
+    chosen = [leaves[i].astype(accumulator_dtype(leaves[i].dtype)) for i in group]
+    return chosen[0] if len(chosen) == 1 else jnp.concatenate([x.ravel() for x in chosen])

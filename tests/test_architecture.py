@@ -23,6 +23,7 @@ FLOORS = [
         "_selection",
         "_schedules",
         "_ring",
+        "_quantile",
         "_batches",
         "_progress",
     ],
@@ -67,6 +68,7 @@ ALLOWED_SIDEWAYS = {
     ("_selection", "_checks"),
     ("_schedules", "_checks"),
     ("_batches", "_tree"),
+    ("_quantile", "_tree"),
 }
 OPTIONAL = {"flax": {"linen", "nnx"}, "matplotlib": {"plots"}, "tqdm": {"_progress"}}
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py")

@@ -1,0 +1,55 @@
+"""Quantiles by counting are those of a sort."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flatopt import _quantile
+
+SIZE = 2 * _quantile.SORTED_SIZE + 1
+
+
+def _entries(kind: str) -> jax.Array:
+    rng = np.random.default_rng(0)
+    x = {
+        "normal": np.abs(rng.normal(size=SIZE)),
+        "ties": rng.integers(0, 5, SIZE),
+        "equal": np.full(SIZE, 0.3),
+        "zeros": np.zeros(SIZE),
+        "wide range": 10.0 ** rng.uniform(-30, 30, SIZE),
+        "one infinite": np.r_[np.inf, np.abs(rng.normal(size=SIZE - 1))],
+    }[kind]
+    return jnp.asarray(x, jnp.float32)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.25, 0.333, 0.95, 0.9999])
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "zeros", "wide range", "one infinite"])
+def test_equals_a_sort(kind: str, q: float):
+    x = _entries(kind)
+    np.testing.assert_allclose(
+        jax.jit(_quantile.quantile)(x, q), jnp.quantile(x, q), rtol=1e-6 if q else 0
+    )
+
+
+def test_double_precision():
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.abs(np.random.default_rng(0).normal(size=SIZE)))
+        assert x.dtype == jnp.float64
+        np.testing.assert_allclose(
+            _quantile.quantile(x, 0.777), np.quantile(np.asarray(x), 0.777), rtol=1e-14
+        )
+
+
+def test_under_vmap():
+    x = _entries("normal")
+    q = jnp.array([0.1, 0.5, 0.9])
+    np.testing.assert_allclose(
+        jax.vmap(_quantile.quantile, in_axes=(None, 0))(x, q), jnp.quantile(x, q), rtol=1e-6
+    )
+
+
+def test_nothing_is_sorted():
+    text = jax.jit(_quantile.quantile).lower(_entries("normal"), 0.5).as_text()
+    assert "sort" not in text
+    assert "while" in text
