@@ -111,7 +111,8 @@ def alternate(
     ) -> tuple[optax.Updates, AlternateState]:
         _checks.require_params("alternate", params)
 
-        def leave() -> tuple[optax.Updates, AlternateState]:
+        def leave(carry: tuple[optax.Updates, AlternateState]) -> Any:
+            updates, state = carry
             displacement, perturbation_state = perturbation.update(
                 updates, state.perturbation_state, params, **{**extra_args, "step": state.step}
             )
@@ -119,7 +120,8 @@ def alternate(
                 perturbed=jnp.ones([], bool), clean=params, perturbation_state=perturbation_state
             )
 
-        def come_back() -> tuple[optax.Updates, AlternateState]:
+        def come_back(carry: tuple[optax.Updates, AlternateState]) -> Any:
+            updates, state = carry
             inner_updates, inner_state = optimizer.update(
                 updates, state.inner_state, state.clean, **extra_args
             )
@@ -132,6 +134,7 @@ def alternate(
                 inner_state=inner_state,
             )
 
-        return jax.lax.cond(state.perturbed, come_back, leave)
+        carry = _tree.apply_if(state.perturbed, come_back, (updates, state))
+        return _tree.apply_if(~state.perturbed, leave, carry)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

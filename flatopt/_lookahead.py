@@ -112,7 +112,6 @@ def lookahead(
             slow=_mean.copy(params),
             slow_state=optimizer.init(params) if pull_back else optax.EmptyState(),
         )
-
     def update_fn(
         updates: optax.Updates,
         state: LookaheadState,
@@ -124,27 +123,31 @@ def lookahead(
         fast_updates, inner_state = optimizer.update(
             updates, state.inner_state, params, **extra_args
         )
-
         fast = optax.apply_updates(params, fast_updates)
         share = value_at(slow_step_size, state.step)
         slow, slow_state = state.slow, state.slow_state
         if begin:  # Until then the slow weights are the fast ones.
             slow = _tree.where(step <= begin, _mean.copy(fast), slow)
-        # Chosen entry by entry, not in a branch: that would keep the passes over the parameters,
-        # which are all there is to do, from being one with those of the inner optimiser.
+        # A branch would keep these passes from being one with those of the inner optimiser.
         due = (step > begin) & ((step - begin) % period == 0)
         synchronised = _mean.copy(fast) if keeps_fast else _mean.towards(slow, fast, share)
         slow = _tree.where(due, synchronised, slow)
         moves = fast_updates
         if not keeps_fast:
             moves = _tree.where(due, _mean.moves(slow, params, fast_updates), fast_updates)
+
+        def pull(carry: tuple[optax.OptState, optax.OptState]) -> tuple[Any, Any]:
+            inner_state, slow_state = carry
+            pulled = _inner_state.towards(inner_state, slow_state, params, 1 - share)
+            return pulled, pulled
+
+        def reset(inner_state: optax.OptState) -> optax.OptState:
+            return _inner_state.reset(inner_state, optimizer.init(fast), fast)
+
         if pull_back:
-            pulled = _inner_state.towards(inner_state, slow_state, fast, 1 - share)
-            inner_state = _tree.where(due, pulled, inner_state)
-            slow_state = _tree.where(due, inner_state, slow_state)
+            inner_state, slow_state = _tree.apply_if(due, pull, (inner_state, slow_state))
         if reset_state:
-            fresh = _inner_state.reset(inner_state, optimizer.init(fast), fast)
-            inner_state = _tree.where(due, fresh, inner_state)
+            inner_state = _tree.apply_if(due, reset, inner_state)
         return moves, LookaheadState(step, inner_state, slow, slow_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -131,24 +131,21 @@ def periodic_swa(
         step = optax.safe_increment(state.step)
         updates, inner_state = optimizer.update(updates, state.inner_state, params, **extra_args)
 
-        def collect(carry: tuple[optax.Params, jax.Array]) -> tuple[optax.Params, jax.Array]:
-            mean, number = carry
-            # The last period's mean is written over, not averaged with.
-            old = jax.tree.map(lambda m: jnp.where(number == 0, jnp.zeros_like(m), m), mean)
-            number = number + 1
-            return _mean.towards(old, optax.apply_updates(params, updates), 1.0 / number), number
-
         due = (step > begin) & ((step - begin) % gap == 0)
-        mean, number = _tree.apply_if(due, collect, (state.mean, state.number))
-
-        def restart(carry: tuple[optax.Updates, optax.OptState]) -> Any:
-            updates, inner_state = carry
-            centre = optax.tree.cast_like(mean, params)
-            fresh = _inner_state.reset(inner_state, optimizer.init(centre), centre)
-            return _mean.moves(mean, params, updates), fresh
-
         again = due & ends_period(step)
-        updates, inner_state = _tree.apply_if(again, restart, (updates, inner_state))
+        fast = optax.apply_updates(params, updates)
+        number = state.number + due
+        # The last period's mean is written over, not averaged with.
+        mean = _mean.towards(state.mean, fast, 1.0 / jnp.maximum(number, 1))
+        mean = _tree.where(number == 1, optax.tree.cast_like(fast, mean), mean)
+        mean = _tree.where(due, mean, state.mean)
+        updates = _tree.where(again, _mean.moves(mean, params, updates), updates)
+
+        def restart(inner_state: optax.OptState) -> optax.OptState:
+            centre = optax.tree.cast_like(mean, params)
+            return _inner_state.reset(inner_state, optimizer.init(centre), centre)
+
+        inner_state = _tree.apply_if(again, restart, inner_state)
         return updates, PeriodicSwaState(
             step, jnp.where(again, 0, number), state.restarts + again, inner_state, mean
         )
