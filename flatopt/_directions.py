@@ -193,7 +193,7 @@ def _with_gradient_ema(direction: Any) -> optax.GradientTransformationExtraArgs:
         new = GradientEmaState(optax.safe_increment(state.step), mean)
         # The stage stands outside `apply_if_finite`, so it must not keep what that will reject.
         finite = jnp.isfinite(_tree.norm(updates))
-        return d, jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        return d, _tree.where(finite, new, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

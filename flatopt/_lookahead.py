@@ -112,6 +112,7 @@ def lookahead(
             slow=_mean.copy(params),
             slow_state=optimizer.init(params) if pull_back else optax.EmptyState(),
         )
+
     def update_fn(
         updates: optax.Updates,
         state: LookaheadState,

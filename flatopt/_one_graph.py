@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _checks
+from flatopt import _checks, _tree
 from flatopt._base import make_grad_fn
 
 
@@ -61,7 +61,7 @@ def sam_value_and_grad(
       Generalization. arXiv:2010.01412
 
     Notes:
-      Gradient evaluations: `1 + num_steps`, in one loop. Memory: one temporary copy of the
+      Gradient evaluations: `1 + num_steps`, in one loop. Memory: two temporary copies of the
       parameters, and `1 + num_steps` copies of the auxiliary output. On a CPU, XLA runs gradients
       of convolutions in a loop tens of times slower than outside: there, use `gradient_at`.
     """
@@ -80,15 +80,15 @@ def sam_value_and_grad(
         perturbation_state = perturbation.init(params)
         _require_no_memory(perturbation_state)
 
-        def evaluate(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], Any]:
-            point, _ = carry
+        def evaluate(point: optax.Params, left: jax.Array) -> tuple[Any, Any]:
             value, grads = grad_fn.value_and_grad(point)
             grads = optax.tree.cast_like(grads, params)
             displacement, _ = perturbation.update(grads, perturbation_state, params, step=step)
-            return (optax.apply_updates(point, displacement), grads), value
+            point = optax.apply_updates(point, displacement)
+            # The last gradient leaves in the memory of the points: no copy of it, nor one for it.
+            return _tree.where(left > 0, point, grads), value
 
-        # The parameters stand for gradients that nothing reads; the last point is not used.
-        (_, grads), values = jax.lax.scan(evaluate, (params, params), length=1 + (num_steps or 1))
+        grads, values = jax.lax.scan(evaluate, params, jnp.arange(num_steps or 1, -1, -1))
         return jax.tree.map(lambda value: value[0], values), grads
 
     return value_and_grad

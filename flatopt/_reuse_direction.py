@@ -132,7 +132,7 @@ def reuse_direction(
             direction = optax.tree.cast_like(direction, old)
             # Else one overflow would spoil the next updates too.
             finite = jnp.isfinite(_tree.norm(grads))
-            direction = jax.tree.map(lambda a, b: jnp.where(finite, a, b), direction, old)
+            direction = _tree.where(finite, direction, old)
             return grads, perturbation_state, direction
 
         carry = (updates, state.perturbation_state, state.direction)

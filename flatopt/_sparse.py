@@ -111,16 +111,15 @@ def mask_by_fisher(
         if fisher is None:
             fisher = _add_squares(state.fisher, updates)
             finite = jnp.isfinite(_tree.norm(updates))
-            fisher = jax.tree.map(lambda a, b: jnp.where(finite, a, b), fisher, state.fisher)
+            fisher = _tree.where(finite, fisher, state.fisher)
 
-        def renew() -> tuple[Any, Any]:
+        def renew(carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            _, fisher = carry
             number = round((1 - sparsity) * _size(fisher))
-            return _largest(fisher, number), optax.tree.zeros_like(state.fisher)
+            return _largest(fisher, number), optax.tree.zeros_like(fisher)
 
-        def keep() -> tuple[Any, Any]:
-            return state.mask, optax.tree.cast_like(fisher, state.fisher)
-
-        mask, fisher = jax.lax.cond(state.step % every == 0, renew, keep)
+        carry = (state.mask, optax.tree.cast_like(fisher, state.fisher))
+        mask, fisher = _tree.apply_if(state.step % every == 0, renew, carry)
         step = optax.safe_increment(state.step)
         new_state = FisherMaskState(step, mask, fisher, perturbation_state)
         return _apply_mask(mask, displacement), new_state
@@ -246,24 +245,23 @@ def mask_at_random(
         )
         number = round((1 - sparsity) * _size(updates))
 
-        def renew() -> tuple[Any, jax.Array]:
-            keep_key, use = _random.split(state.key)
+        def renew(carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+            mask, key = carry
+            keep_key, use = _random.split(key)
             share: jax.typing.ArrayLike = 1.0
             if decay_steps is not None:
                 progress = jnp.minimum(state.step / decay_steps, 1.0)
                 share = 0.5 * (1 + jnp.cos(jnp.pi * progress))
             dropped = jnp.round(drop_rate * share * number).astype(jnp.int32)
             dropped = jnp.minimum(dropped, _size(updates) - number)  # As many must be dead.
-            live = jax.tree.map(lambda m, g: jnp.where(m, _square(g), -1.0), state.mask, updates)
+            live = jax.tree.map(lambda m, g: jnp.where(m, _square(g), -1.0), mask, updates)
             stay = _largest(live, number - dropped)
-            dead = jax.tree.map(
-                lambda m, u: jnp.where(m, -1.0, u), state.mask, _uniform(use, updates)
-            )
+            dead = jax.tree.map(lambda m, u: jnp.where(m, -1.0, u), mask, _uniform(use, updates))
             grown = _largest(dead, dropped)
             return jax.tree.map(jnp.logical_or, stay, grown), keep_key
 
         due = (state.step > 0) & (state.step % every == 0)
-        mask, key_left = jax.lax.cond(due, renew, lambda: (state.mask, state.key))
+        mask, key_left = _tree.apply_if(due, renew, (state.mask, state.key))
         step = optax.safe_increment(state.step)
         new_state = RandomMaskState(step, key_left, mask, perturbation_state)
         return _apply_mask(mask, displacement), new_state
