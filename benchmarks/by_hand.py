@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import flatopt
-from benchmarks.methods import EMA_DECAY, EVERY, MOMENTUM, RATE, RHO, Optimizer, sgd
+from benchmarks.methods import ALPHA, EMA_DECAY, EVERY, MOMENTUM, RATE, RHO, Optimizer, sgd
 
 Carry = Any
 Step = Callable[[Carry, Any], Carry]
@@ -93,6 +93,37 @@ def sam(loss_fn: LossFn) -> Step:
         return optax.apply_updates(params, updates), opt_state
 
     return step
+
+
+def looksam(loss_fn: LossFn) -> Step:
+    """LookSAM with the least it needs: a branch, and norms and products taken once."""
+    optimizer = sgd()
+
+    def step(carry: Carry, batch: Any) -> Carry:
+        params, (opt_state, direction, number) = carry
+        clean = jax.grad(loss_fn)(params, *batch)
+        norm = optax.tree.norm(clean) + 1e-12
+
+        def sharp() -> tuple[Any, Any]:
+            perturbed = jax.tree.map(lambda p, g: p + RHO / norm * g, params, clean)
+            grads = jax.grad(loss_fn)(perturbed, *batch)
+            share = optax.tree.vdot(clean, grads) / norm**2
+            new = jax.tree.map(lambda s, c: s - share * c, grads, clean)
+            return grads, optax.tree.scale(1 / optax.tree.norm(new), new)
+
+        def reused() -> tuple[Any, Any]:
+            return optax.tree.add_scale(clean, ALPHA * norm, direction), direction
+
+        grads, direction = jax.lax.cond(number % EVERY == 0, sharp, reused)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), (opt_state, direction, number + 1)
+
+    return step
+
+
+def _init_looksam(params: Any) -> Carry:
+    number = jnp.zeros([], jnp.int32)
+    return params, (sgd().init(params), optax.tree.zeros_like(params), number)
 
 
 def msam(loss_fn: LossFn) -> Step:
@@ -187,6 +218,7 @@ def alternatives() -> list[Alternative]:
             for mode in ("opaque", "transparent")
         ),
         Alternative("msam, by hand", "msam", msam, _init_msam),
+        Alternative("looksam, by hand", "looksam every=5", looksam, _init_looksam),
         Alternative("optax.incremental_update", "params_ema", ema, _init_ema),
         Alternative("optax.lookahead", "lookahead", optax_lookahead, _init_optax_lookahead),
     ]

@@ -13,6 +13,7 @@ RATE, MOMENTUM, RHO = 0.01, 0.9, 0.05
 ADAM_RATE = 1e-3
 EMA_DECAY = 0.999
 EVERY = 5  # Of the methods that do something once in a while; a turn is a multiple of it.
+ALPHA = 0.5  # Of LookSAM.
 INNER_STEPS, GAMMA = 5, 0.1
 REPLICAS = 3
 
@@ -52,7 +53,7 @@ GROUPS: dict[str, dict[str, Build]] = {
         "hold_perturbed": lambda: flatopt.hold_perturbed(sgd(), flatopt.scale_to_norm(RHO)),
         "alternate": lambda: flatopt.alternate(flatopt.scale_to_norm(RHO), sgd()),
         "sam every=5": _before(lambda: flatopt.sam(RHO, every=EVERY)),
-        "looksam every=5": _before(lambda: flatopt.looksam(RHO, EVERY, 0.5)),
+        "looksam every=5": _before(lambda: flatopt.looksam(RHO, EVERY, ALPHA)),
         "rwp every=5": _before(lambda: flatopt.rwp(0.01, every=EVERY)),
     },
     "averages": {

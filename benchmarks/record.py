@@ -1,6 +1,7 @@
 """What every results file says about itself, and how it is written."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,15 @@ def write(path: Path, results: dict[str, Any]) -> None:
         "command": _command(),
         "versions": provenance.versions(),
         "machine": provenance.machine(),
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if _matters(name)},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(about | results, indent=1, allow_nan=False) + "\n")
+
+
+def _matters(variable: str) -> bool:
+    """Whether an environment variable changes what is measured."""
+    return variable.startswith(("MALLOC_", "XLA_FLAGS", "JAX_"))
 
 
 def _command() -> list[str]:

@@ -121,10 +121,12 @@ def _provenance(name: str, up: str, results: dict[str, Any]) -> str:
     machine, versions = results["machine"], results["versions"]
     seeds = results.get("seeds") or range(results.get("settings", {}).get("seeds", 0))
     seeds = f"seeds {seeds[0]} to {seeds[-1]}, " if seeds else ""
+    variables = [f"{k}={v}" for k, v in results.get("environment", {}).items()]
+    processors = "1 CPU" if machine["cpus"] == 1 else f"{machine['cpus']} CPUs"
     return (
-        f"[{name}.json]({up}benchmarks/results/{name}.json): {seeds}{machine['cpus']} CPUs, "
+        f"[{name}.json]({up}benchmarks/results/{name}.json): {seeds}{processors}, "
         f"{machine['device']}, jax {versions['jax']}, optax {versions['optax']}; "
-        f"`{' '.join(results['command'])}`"
+        f"`{' '.join(variables + results['command'])}`"
     )
 
 

@@ -18,10 +18,11 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """The machine."""
+    """The machine, with the processors that this run may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # Linux alone.
     return {
         "platform": platform.platform(),
-        "cpus": os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count(),
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
     }

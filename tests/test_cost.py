@@ -85,7 +85,7 @@ def test_flops_over_sgd(tx: optax.GradientTransformationExtraArgs, limit: float)
     [
         (optax.chain(flatopt.sam(0.05), _base()), 1.05),
         (optax.chain(flatopt.looksam(0.05, every=5, alpha=0.7), _base()), 1.1),
-        (flatopt.alternate(_base(), flatopt.scale_to_norm(0.05)), 0.05),
+        (flatopt.alternate(flatopt.scale_to_norm(0.05), _base()), 0.05),
         (flatopt.lookahead(_base(), every=5), 0.05),
         (flatopt.periodic_swa(_base(), period=5), 0.05),
         (optax.chain(_base(), flatopt.swa()), 0.05),
