@@ -1,5 +1,7 @@
 """SAM with another ascent step: Friendly-SAM, VaSSO, ZSharp, LE-SAM."""
 
+from typing import Any
+
 import optax
 
 from flatopt import _checks
@@ -15,6 +17,7 @@ def friendly_sam(
     adaptive: bool = False,
     start: int | None = None,
     every: int | None = None,
+    accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Friendly-SAM: the ascent follows the noise of the batch, not its mean gradient.
 
@@ -31,6 +34,8 @@ def friendly_sam(
       start: number of plain updates before the first sharp one, >= 0; None means 0. Static.
       every: one sharp update in `every`, >= 1; None means each. Others do not enter the mean.
         Static.
+      accumulator_dtype: dtype of the mean; None means float32 or that of the parameters, the wider.
+        `jnp.bfloat16` halves the state. Static.
 
     Returns:
       A stage to be chained before any optimiser; `update` needs `params` and `grad_fn`.
@@ -57,7 +62,7 @@ def friendly_sam(
     """
     _checks.check_number("rho", rho, low=0.0)
     ascent = scale_to_adaptive_norm(rho) if adaptive else scale_to_norm(rho)
-    perturbation = optax.chain(subtract_gradient_ema(sigma, decay), ascent)
+    perturbation = optax.chain(subtract_gradient_ema(sigma, decay, accumulator_dtype), ascent)
     return ascent_stage(rho, perturbation, start=start, every=every)
 
 
@@ -66,6 +71,7 @@ def vasso(
     decay: optax.ScalarOrSchedule = 0.6,
     start: int | None = None,
     every: int | None = None,
+    accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""VaSSO: the ascent follows the mean of past gradients, to suppress the noise of the batch.
 
@@ -80,6 +86,8 @@ def vasso(
       start: number of plain updates before the first sharp one, >= 0; None means 0. Static.
       every: one sharp update in `every`, >= 1; None means each. Others do not enter the mean.
         Static.
+      accumulator_dtype: dtype of the mean; None means float32 or that of the parameters, the wider.
+        `jnp.bfloat16` halves the state. Static.
 
     Returns:
       A stage to be chained before any optimiser; `update` needs `params` and `grad_fn`.
@@ -107,7 +115,7 @@ def vasso(
       three integers; one temporary copy.
     """
     _checks.check_number("rho", rho, low=0.0)
-    perturbation = optax.chain(smooth_gradient(decay), scale_to_norm(rho))
+    perturbation = optax.chain(smooth_gradient(decay, accumulator_dtype), scale_to_norm(rho))
     return ascent_stage(rho, perturbation, start=start, every=every)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _checks, _quantile, _tree
+from flatopt import _checks, _mean, _quantile, _tree
 from flatopt._schedules import value_at
 
 
@@ -15,7 +15,8 @@ class GradientEmaState(NamedTuple):
 
     Attributes:
       step: int32 scalar, number of gradients in the average.
-      ema: tree like the parameters, their exponential moving average, in float32 at least.
+      ema: tree like the parameters, their exponential moving average, in float32 or wider unless
+        another dtype was asked for.
     """
 
     step: jax.Array
@@ -23,7 +24,9 @@ class GradientEmaState(NamedTuple):
 
 
 def subtract_gradient_ema(
-    sigma: optax.ScalarOrSchedule, decay: optax.ScalarOrSchedule
+    sigma: optax.ScalarOrSchedule,
+    decay: optax.ScalarOrSchedule,
+    accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Subtracts the mean of past gradients, which leaves the noise of the batch: Friendly-SAM.
 
@@ -35,6 +38,8 @@ def subtract_gradient_ema(
       sigma: share of the mean to subtract, >= 0; 1 is usual, 0 is the gradient itself. A number, a
         traced array, or a schedule of the step count.
       decay: :math:`\lambda`, in [0, 1); 0.6 to 0.9 are usual. Likewise.
+      accumulator_dtype: dtype of the mean; None means float32 or that of the parameters, the wider.
+        `jnp.bfloat16` halves the state. Static.
 
     Returns:
       A transformation to be chained before `scale_to_norm`. A gradient with inf or NaN is handed on
@@ -68,12 +73,14 @@ def subtract_gradient_ema(
         weight, keep = value_at(sigma, step), value_at(decay, step)
         d = jax.tree.map(lambda g, m: (g - weight * m).astype(g.dtype), grads, ema.ema)
         keep = jnp.where(ema.step == 0, 0, keep)
-        return d, _mean(keep, ema.ema, grads)
+        return d, _moved(keep, ema.ema, grads)
 
-    return _with_gradient_ema(direction)
+    return _with_gradient_ema(direction, accumulator_dtype)
 
 
-def smooth_gradient(decay: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+def smooth_gradient(
+    decay: optax.ScalarOrSchedule, accumulator_dtype: Any = None
+) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the gradient by its exponential moving average: VaSSO's steadier direction.
 
     .. math:: d_t = (1 - \theta) d_{t-1} + \theta g_t, \quad d_0 = 0
@@ -81,6 +88,8 @@ def smooth_gradient(decay: optax.ScalarOrSchedule) -> optax.GradientTransformati
     Args:
       decay: :math:`1 - \theta`, in [0, 1): 0 is the gradient itself, 0.6 to 0.9 are usual. A
         number, a traced array, or a schedule of the step count.
+      accumulator_dtype: dtype of the mean; None means float32 or that of the parameters, the wider.
+        `jnp.bfloat16` halves the state. Static.
 
     Returns:
       A transformation to be chained before `scale_to_norm`, which makes the missing debiasing
@@ -109,10 +118,10 @@ def smooth_gradient(decay: optax.ScalarOrSchedule) -> optax.GradientTransformati
     _checks.check_number("decay", decay, low=0.0, high=1.0, high_allowed=False)
 
     def direction(grads: Any, ema: Any, step: Any) -> tuple[Any, Any]:
-        mean = _mean(value_at(decay, step), ema.ema, grads)
+        mean = _moved(value_at(decay, step), ema.ema, grads)
         return optax.tree.cast_like(mean, grads), mean
 
-    return _with_gradient_ema(direction)
+    return _with_gradient_ema(direction, accumulator_dtype)
 
 
 def keep_large_zscores(quantile: float) -> optax.GradientTransformationExtraArgs:
@@ -173,11 +182,13 @@ def keep_large_zscores(quantile: float) -> optax.GradientTransformationExtraArgs
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
-def _with_gradient_ema(direction: Any) -> optax.GradientTransformationExtraArgs:
+def _with_gradient_ema(
+    direction: Any, accumulator_dtype: Any
+) -> optax.GradientTransformationExtraArgs:
     """The transformation around `direction(grads, state, step) -> (direction, new mean)`."""
 
     def init_fn(params: optax.Params) -> GradientEmaState:
-        ema = jax.tree.map(lambda p: jnp.zeros_like(p, _tree.accumulator_dtype(p.dtype)), params)
+        ema = _mean.zeros(params, accumulator_dtype)
         return GradientEmaState(step=jnp.zeros([], jnp.int32), ema=ema)
 
     def update_fn(
@@ -198,5 +209,5 @@ def _with_gradient_ema(direction: Any) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _mean(decay: Any, mean: Any, grads: Any) -> Any:
+def _moved(decay: Any, mean: Any, grads: Any) -> Any:
     return jax.tree.map(lambda m, g: (decay * m + (1 - decay) * g).astype(m.dtype), mean, grads)

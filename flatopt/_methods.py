@@ -167,6 +167,7 @@ def looksam(
     alpha: optax.ScalarOrSchedule,
     layerwise: bool = False,
     start: int | None = None,
+    accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LookSAM: SAM's second gradient once in `every` updates, and its direction reused in between.
 
@@ -184,6 +185,8 @@ def looksam(
       layerwise: True: the ascent step is `scale_to_layer_norms(rho)`, and the direction is kept
         for each leaf apart (Look-LayerSAM, for large batches). Static.
       start: number of plain updates before the first sharp one, >= 0; None means 0. Static.
+      accumulator_dtype: dtype of the reused direction; None means that of the parameters.
+        `jnp.bfloat16` halves the state of parameters in float32. Static.
 
     Returns:
       A stage to be chained before any optimiser; `update` needs `params` and `grad_fn`.
@@ -211,7 +214,9 @@ def looksam(
     """
     _checks.check_number("rho", rho, low=0.0)
     perturbation = scale_to_layer_norms(rho) if layerwise else scale_to_norm(rho)
-    return off_when_zero(rho, reuse_direction(perturbation, every, alpha, layerwise, start))
+    return off_when_zero(
+        rho, reuse_direction(perturbation, every, alpha, layerwise, start, accumulator_dtype)
+    )
 
 
 def rwp(

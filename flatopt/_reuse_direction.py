@@ -31,6 +31,7 @@ def reuse_direction(
     alpha: optax.ScalarOrSchedule,
     layerwise: bool = False,
     start: int | None = None,
+    accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Takes the gradient at a displaced point once in a while, and reuses what it adds in between.
 
@@ -49,6 +50,8 @@ def reuse_direction(
       layerwise: whether projection, length and :math:`\|c\|` are those of each leaf, and not of
         the whole tree. Static.
       start: number of plain updates before the first sharp one, >= 0; None means 0. Static.
+      accumulator_dtype: dtype of the reused direction; None means that of the parameters.
+        `jnp.bfloat16` halves the state of parameters in float32. Static.
 
     Returns:
       A stage to be chained before an optimiser; `update` needs `params` and `grad_fn`. A sharp
@@ -103,7 +106,7 @@ def reuse_direction(
         return ReuseDirectionState(
             step=jnp.zeros([], jnp.int32),
             perturbation_state=perturbation.init(params),
-            direction=optax.tree.zeros_like(params),
+            direction=optax.tree.zeros_like(params, dtype=accumulator_dtype),
         )
 
     def update_fn(

@@ -1,5 +1,6 @@
 """Trees of every dtype and shape: they keep their dtypes, or a TypeError says why not."""
 
+import functools
 from typing import Any
 
 import jax
@@ -121,6 +122,34 @@ def test_average_of_half_precision_weights_moves(make, dtype):
 def test_average_in_a_chosen_dtype():
     stage, params = flatopt.swa(accumulator_dtype=jnp.float16), jnp.ones([2])
     assert stage.init(params).mean.dtype == jnp.float16
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(flatopt.friendly_sam, 0.5),
+        functools.partial(flatopt.vasso, 0.5),
+        functools.partial(flatopt.looksam, 0.5, every=3, alpha=0.5),
+    ],
+    ids=["friendly_sam", "vasso", "looksam"],
+)
+def test_what_a_stage_remembers_in_half_precision(make):
+    """Half the state, updates of the parameters' dtype, and a run that stays near the full one."""
+    params, batch = cases.init_params(), cases.make_batch()
+    runs, sizes = [], []
+    for dtype in (None, jnp.bfloat16):
+        tx = optax.chain(make(accumulator_dtype=dtype), optax.sgd(0.1))
+        step = jax.jit(cases.train_step(tx, cases.loss_fn))
+        carry = (params, tx.init(params))
+        sizes.append(sum(x.nbytes for x in jax.tree.leaves(carry[1]) if x.ndim))
+        for _ in range(10):
+            carry = step(*carry, batch)
+        runs.append(carry[0])
+        assert {x.dtype for x in jax.tree.leaves(carry[0])} == {jnp.dtype(jnp.float32)}
+        assert sum(x.nbytes for x in jax.tree.leaves(carry[1]) if x.ndim) == sizes[-1]
+    assert sizes[1] == sizes[0] / 2
+    moved = optax.tree.norm(optax.tree.sub(runs[0], params))
+    assert 0 < optax.tree.norm(optax.tree.sub(*runs)) < 0.02 * moved
 
 
 def test_integer_leaves_are_copied_not_averaged():

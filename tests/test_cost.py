@@ -80,6 +80,16 @@ def test_flops_over_sgd(tx: optax.GradientTransformationExtraArgs, limit: float)
     assert _flops(tx) <= limit * _flops(_base())
 
 
+def test_sam_computes_no_more_than_what_optax_offers():
+    """Beside `optax.contrib.sam` in its opaque form, which takes the same two gradients."""
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+    other = optax.contrib.sam(_base(), ascent, sync_period=2, opaque_mode=True)
+    theirs = _compiled(other).cost_analysis()
+    ours = _compiled(optax.chain(flatopt.sam(0.05), _base())).cost_analysis()
+    assert ours["flops"] <= theirs["flops"]
+    assert ours["bytes accessed"] <= 1.001 * theirs["bytes accessed"]
+
+
 @pytest.mark.parametrize(
     ("tx", "copies"),
     [
