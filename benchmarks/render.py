@@ -32,6 +32,12 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "benchmarks" / "README.md",
 ]
+# What a user would weigh against another, and what it stands beside.
+COST_ROWS = [
+    "sam", "sam, by hand", "optax.contrib.sam, opaque", "optax.contrib.sam, transparent",
+    "sam every=5", "looksam every=5", "msam momentum=0.9", "swa", "params_ema", "lookahead",
+    "optax.lookahead", "PyTorch SAM", "PyTorch Lookahead",
+]  # fmt: skip
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
@@ -43,6 +49,8 @@ def render(page: Path) -> str:
 
 def table(name: str, up: str) -> str:
     """The table and the provenance line of one results file; `up` leads to the root."""
+    if name == "cost":
+        return cost(up)
     file = name.removeprefix("batch_norm_")  # The second table of a comparison.
     kind = next(kind for kind in _TABLES if name.startswith(kind))
     path = RESULTS / f"{file}.json"
@@ -53,6 +61,33 @@ def table(name: str, up: str) -> str:
     if kind in draw.KINDS:
         lines += [f"![{file}]({up}benchmarks/plots/{file}.png)", ""]
     return "\n".join(lines)
+
+
+def cost(up: str) -> str:
+    """What a step costs over SGD's, on every model, and a whole run over PyTorch's."""
+    models = {"mlp": "MLP", "cnn": "CNN", "transformer": "Transformer"}
+    files = [f"step_time_{model}" for model in models]
+    if not all((RESULTS / f"{file}.json").exists() for file in [*files, "whole_run"]):
+        return ""
+    ratios = []
+    for model, file in zip(models, files, strict=True):
+        rows = json.loads((RESULTS / f"{file}.json").read_text())["models"][model]["rows"]
+        ratios.append({row["variant"]: row["over_base"]["median"] for row in rows})
+    lines = [f"| a step over SGD's | {' | '.join(models.values())} |", "| --- |" + 3 * " ---: |"]
+    lines += [
+        f"| {variant} | {' | '.join(f'{ratio[variant]:.2f}' for ratio in ratios)} |"
+        for variant in COST_ROWS
+    ]
+    runs = json.loads((RESULTS / "whole_run.json").read_text())["rows"]
+    faster = next(row for row in runs if row["method"] == "sam")["times_faster_than_peer"]
+    lines += [
+        "",
+        "A whole run of `sam` as one compiled scan, its compilation apart, is "
+        f"{faster['1']['median']:.1f} times faster than a PyTorch loop; with 8 seeds at once, "
+        f"{faster['8']['median']:.1f} times a seed.",
+    ]
+    links = (f"[{f}]({up}benchmarks/results/{f}.json)" for f in [*files, "whole_run"])
+    return "\n".join([*lines, "", f"Medians; results: {', '.join(links)}.", ""])
 
 
 def _compare(results: dict[str, Any]) -> list[str]:
