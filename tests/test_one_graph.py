@@ -71,7 +71,7 @@ def test_a_schedule_follows_step():
     function = flatopt.sam_value_and_grad(cases.loss_fn, flatopt.scale_to_norm(rho))
     fixed = flatopt.sam_value_and_grad(cases.loss_fn, flatopt.scale_to_norm(0.4))
     params, batch = cases.init_params(), cases.make_batch()
-    cases.assert_close(function(params, batch, step=4), fixed(params, batch), rtol=1e-6, atol=1e-7)
+    cases.assert_close(function(params, batch, step=4), fixed(params, batch), rtol=1e-5, atol=1e-6)
 
 
 def test_the_model_is_traced_once_and_stands_once_in_the_program():
