@@ -204,10 +204,10 @@ def _with_gradient_ema(
         new = GradientEmaState(optax.safe_increment(state.step), mean)
         # The stage stands outside `apply_if_finite`, so it must not keep what that will reject.
         finite = jnp.isfinite(_tree.norm(updates))
-        return d, _tree.where(finite, new, state)
+        return d, optax.tree.where(finite, new, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _moved(decay: Any, mean: Any, grads: Any) -> Any:
-    return jax.tree.map(lambda m, g: (decay * m + (1 - decay) * g).astype(m.dtype), mean, grads)
+    return optax.tree.cast_like(optax.tree.update_moment(grads, mean, decay, 1), mean)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _checks, _random, _tree
+from flatopt import _checks, _random
 from flatopt._local_entropy import LocalEntropyState, local_entropy
 from flatopt._schedules import value_at
 
@@ -192,7 +192,7 @@ def entropy_sgd(
                 lambda d, w: (d + decay * w).astype(d.dtype), direction, params
             )
             if own.seeded:
-                trace = _tree.where(state.step == 0, updates, trace)
+                trace = optax.tree.where(state.step == 0, updates, trace)
             trace = jax.tree.map(
                 lambda b, d: (beta * b + undamped * d).astype(b.dtype), trace, direction
             )

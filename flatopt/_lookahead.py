@@ -128,14 +128,14 @@ def lookahead(
         share = value_at(slow_step_size, state.step)
         slow, slow_state = state.slow, state.slow_state
         if begin:  # Until then the slow weights are the fast ones.
-            slow = _tree.where(step <= begin, _mean.copy(fast), slow)
+            slow = optax.tree.where(step <= begin, _mean.copy(fast), slow)
         # A branch would keep these passes from being one with those of the inner optimiser.
         due = (step > begin) & ((step - begin) % period == 0)
         synchronised = _mean.copy(fast) if keeps_fast else _mean.towards(slow, fast, share)
-        slow = _tree.where(due, synchronised, slow)
+        slow = optax.tree.where(due, synchronised, slow)
         moves = fast_updates
         if not keeps_fast:
-            moves = _tree.where(due, _mean.moves(slow, params, fast_updates), fast_updates)
+            moves = optax.tree.where(due, _mean.moves(slow, params, fast_updates), fast_updates)
 
         def pull(carry: tuple[optax.OptState, optax.OptState]) -> tuple[Any, Any]:
             inner_state, slow_state = carry

@@ -272,7 +272,7 @@ class AdaptiveFilterNoise:
         )
         # The stage stands outside `apply_if_finite`, so it must not keep what that will reject.
         finite = jnp.isfinite(_tree.norm(grads))
-        fisher = _tree.where(finite, fisher, state.fisher)
+        fisher = optax.tree.where(finite, fisher, state.fisher)
         return state._replace(fisher=fisher)
 
     def displace(

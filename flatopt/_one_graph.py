@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _checks, _tree
+from flatopt import _checks
 from flatopt._base import make_grad_fn
 
 
@@ -86,7 +86,7 @@ def sam_value_and_grad(
             displacement, _ = perturbation.update(grads, perturbation_state, params, step=step)
             point = optax.apply_updates(point, displacement)
             # The last gradient leaves in the memory of the points: no copy of it, nor one for it.
-            return _tree.where(left > 0, point, grads), value
+            return optax.tree.where(left > 0, point, grads), value
 
         grads, values = jax.lax.scan(evaluate, params, jnp.arange(num_steps or 1, -1, -1))
         return jax.tree.map(lambda value: value[0], values), grads

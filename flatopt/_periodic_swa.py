@@ -137,9 +137,9 @@ def periodic_swa(
         number = state.number + due
         # The last period's mean is written over, not averaged with.
         mean = _mean.towards(state.mean, fast, 1.0 / jnp.maximum(number, 1))
-        mean = _tree.where(number == 1, optax.tree.cast_like(fast, mean), mean)
-        mean = _tree.where(due, mean, state.mean)
-        updates = _tree.where(again, _mean.moves(mean, params, updates), updates)
+        mean = optax.tree.where(number == 1, optax.tree.cast_like(fast, mean), mean)
+        mean = optax.tree.where(due, mean, state.mean)
+        updates = optax.tree.where(again, _mean.moves(mean, params, updates), updates)
 
         def restart(inner_state: optax.OptState) -> optax.OptState:
             centre = optax.tree.cast_like(mean, params)

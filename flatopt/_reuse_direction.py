@@ -135,7 +135,7 @@ def reuse_direction(
             direction = optax.tree.cast_like(direction, old)
             # Else one overflow would spoil the next updates too.
             finite = jnp.isfinite(_tree.norm(grads))
-            direction = _tree.where(finite, direction, old)
+            direction = optax.tree.where(finite, direction, old)
             return grads, perturbation_state, direction
 
         carry = (updates, state.perturbation_state, state.direction)

@@ -97,7 +97,7 @@ def sampa(
                 f"{jax.lax.axis_size(axis_name)}: flatopt.sampa needs 2, one device a gradient."
             )
         index = jax.lax.axis_index(axis_name)
-        point = _tree.where(index == 0, ascent, ahead)
+        point = optax.tree.where(index == 0, ascent, ahead)
         grads = gradient(point, index)
         return (
             jax.lax.psum(_only(index == 0, grads), axis_name),

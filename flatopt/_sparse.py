@@ -111,7 +111,7 @@ def mask_by_fisher(
         if fisher is None:
             fisher = _add_squares(state.fisher, updates)
             finite = jnp.isfinite(_tree.norm(updates))
-            fisher = _tree.where(finite, fisher, state.fisher)
+            fisher = optax.tree.where(finite, fisher, state.fisher)
 
         def renew(carry: tuple[Any, Any]) -> tuple[Any, Any]:
             _, fisher = carry

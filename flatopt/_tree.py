@@ -73,11 +73,6 @@ def orthogonal(tree: Any, to: Any) -> Any:
     return add_scaled(tree, -coefficient, to)
 
 
-def where(predicate: jax.Array, tree: Any, other: Any) -> Any:
-    """`tree` where `predicate`, one bool, holds; else `other`, which must look like it."""
-    return jax.tree.map(lambda x, y: jnp.where(predicate, x, y), tree, other)
-
-
 def replicate(x: jax.Array) -> jax.Array:
     """`x` on every device where the mesh has explicit axes: sorting has no sharded form there."""
     if jax.typeof(x).sharding.mesh.are_all_axes_explicit:
@@ -89,7 +84,7 @@ def apply_if(predicate: jax.Array, function: Callable[[Any], Any], carry: Any) -
     """`function(carry)`, which must look like `carry`, where `predicate` holds; else `carry`.
 
     A loop of one turn or none: XLA lets `carry` stay where it is, while `jax.lax.cond` copies what
-    its branches hand through.
+    its branches hand through. The price: under `jax.jit` it has no reverse-mode derivative.
     """
     return jax.lax.fori_loop(0, predicate.astype(jnp.int32), lambda _, c: function(c), carry)
 

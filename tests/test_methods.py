@@ -457,3 +457,31 @@ def test_msam_refuses_a_momentum_that_is_another(optimizer):
 def test_msam_momentum_out_of_range(decay: float):
     with pytest.raises(ValueError, match="momentum="):
         flatopt.msam(optax.sgd(0.1, momentum=0.9), 0.2, momentum=decay)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rho: optax.chain(flatopt.sam(rho, every=2), optax.sgd(0.1)),
+        lambda rho: optax.chain(flatopt.looksam(rho, every=2, alpha=0.5), optax.sgd(0.1)),
+        lambda rho: flatopt.alternate(flatopt.scale_to_norm(rho), optax.sgd(0.1)),
+    ],
+    ids=["sam", "looksam", "alternate"],
+)
+def test_forward_mode_goes_through_what_is_done_once_in_a_while(make):
+    """The derivative of the loss after four steps by the radius, beside a difference quotient."""
+    grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * jnp.sum(jnp.array([1.0, 4.0]) * w**2))
+
+    @jax.jit
+    def final_loss(rho):
+        tx, params = make(rho), jnp.ones(2)
+        opt_state = tx.init(params)
+        for _ in range(4):
+            grads = grad_fn(params)
+            updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
+            params = optax.apply_updates(params, updates)
+        return grad_fn.value_and_grad(params)[0]
+
+    quotient = (final_loss(0.11) - final_loss(0.09)) / 0.02
+    assert abs(quotient) > 0.1
+    np.testing.assert_allclose(jax.jacfwd(final_loss)(0.1), quotient, rtol=1e-2)

@@ -79,7 +79,7 @@ def advance(process: Process, product: Vector, key: jax.Array) -> Process:
     last = len(diagonal) - 1
     following = jnp.minimum(i + 1, last)
     kept = _basis.row(basis, following)
-    newest = _tree.where(i < last, rest.unit, kept)
+    newest = optax.tree.where(i < last, rest.unit, kept)
     basis = _basis.set_row(basis, following, newest)
     return Process(basis, diagonal, beside, i + 1)
 
