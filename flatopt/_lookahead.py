@@ -131,11 +131,13 @@ def lookahead(
             slow = optax.tree.where(step <= begin, _mean.copy(fast), slow)
         # A branch would keep these passes from being one with those of the inner optimiser.
         due = (step > begin) & ((step - begin) % period == 0)
-        synchronised = _mean.copy(fast) if keeps_fast else _mean.towards(slow, fast, share)
-        slow = optax.tree.where(due, synchronised, slow)
-        moves = fast_updates
+        moves, synchronised = fast_updates, _mean.copy(fast)
         if not keeps_fast:
-            moves = optax.tree.where(due, _mean.moves(slow, params, fast_updates), fast_updates)
+            target = _mean.towards(slow, fast, share)
+            moves = optax.tree.where(due, _mean.moves(target, params, fast_updates), fast_updates)
+            # Where the parameters land, not `target`: the two are one, and XLA takes one pass less.
+            synchronised = _mean.landed(target, params, moves)
+        slow = optax.tree.where(due, synchronised, slow)
 
         def pull(carry: tuple[optax.OptState, optax.OptState]) -> tuple[Any, Any]:
             inner_state, slow_state = carry

@@ -75,3 +75,16 @@ def moves(target: optax.Params, params: optax.Params, updates: optax.Updates) ->
         return (target - param).astype(update.dtype)
 
     return jax.tree.map(leaf, target, params, updates)
+
+
+def landed(target: optax.Params, params: optax.Params, updates: optax.Updates) -> optax.Params:
+    """Where `updates` that head for `target` take `params`: it, as rounded by the sum.
+
+    Leaves that are kept in a wider dtype than the parameters or updates are those of `target`.
+    """
+
+    def leaf(target: jax.Array, param: jax.Array, update: jax.Array) -> jax.Array:
+        same = target.dtype == jnp.result_type(param) == jnp.result_type(update)
+        return param + update if same and jnp.issubdtype(target.dtype, jnp.inexact) else target
+
+    return jax.tree.map(leaf, target, params, updates)

@@ -411,6 +411,34 @@ def test_ensembles_take_any_optimiser_and_say_what_is_wrong():
 # Lookahead and periodic averaging
 
 
+def _after_two_updates(tx: optax.GradientTransformation, params: optax.Params) -> Any:
+    @jax.jit
+    def step(params: optax.Params, opt_state: optax.OptState) -> Any:
+        grads = jax.tree.map(lambda p: jnp.sin(3 * p + 1), params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return step(*step(params, tx.init(params)))
+
+
+def test_lookahead_lands_on_its_slow_weights_to_the_last_bit():
+    params = {"w": jax.random.normal(jax.random.key(0), (1000,))}
+    tx = flatopt.lookahead(cases.sgd(), every=2, slow_step_size=0.3)
+    landed, opt_state = _after_two_updates(tx, params)
+    np.testing.assert_array_equal(landed["w"], opt_state.slow["w"])
+
+
+def test_lookahead_does_not_round_slow_weights_to_the_dtype_of_the_parameters():
+    wide = {"w": jax.random.normal(jax.random.key(0), (1000,))}
+    params = optax.tree.cast(wide, jnp.bfloat16)
+    tx = flatopt.lookahead(cases.sgd(), every=2, slow_step_size=0.3)
+    landed, opt_state = _after_two_updates(tx, params)
+    slow = opt_state.slow["w"]
+    assert slow.dtype == jnp.float32
+    assert jnp.mean(slow != slow.astype(jnp.bfloat16).astype(jnp.float32)) > 0.9
+    np.testing.assert_allclose(landed["w"].astype(jnp.float32), slow, rtol=2**-7, atol=2**-9)
+
+
 def test_lookahead_starts_its_slow_weights_late():
     tx = flatopt.lookahead(cases.sgd(), every=2, slow_step_size=0.5, start=3)
     plain, plain_state = cases.run(cases.sgd(), steps=4)

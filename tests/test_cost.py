@@ -128,6 +128,13 @@ def test_the_one_graph_form_needs_one_copy_more_than_two_graphs():
     assert compiled.memory_analysis().temp_size_in_bytes <= two_graphs + copy
 
 
+def test_lookahead_reads_and_writes_little_more_than_sgd():
+    """The slow weights: read for the parameters, read and written for themselves, with a sum."""
+    copy = 4 * optax.tree.size(_params())
+    lookahead = _compiled(flatopt.lookahead(_base(), every=5)).cost_analysis()["bytes accessed"]
+    assert lookahead <= _compiled(_base()).cost_analysis()["bytes accessed"] + 4.1 * copy
+
+
 def test_msam_with_known_momentum_reads_and_writes_little_more_than_sgd():
     """One pass more, for the norm; as without it, two more, for a copy of the old momentum."""
 
