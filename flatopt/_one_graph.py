@@ -70,6 +70,7 @@ def sam_value_and_grad(
             f"loss_fn={loss_fn!r} must be callable as loss_fn(params, *args, **kwargs)."
         )
     _checks.check_count("num_steps", num_steps, 1)
+    ascents = num_steps or 1
     _checks.check_count("microbatches", microbatches, 1)
     perturbation = optax.with_extra_args_support(perturbation)
 
@@ -84,11 +85,13 @@ def sam_value_and_grad(
             value, grads = grad_fn.value_and_grad(point)
             grads = optax.tree.cast_like(grads, params)
             displacement, _ = perturbation.update(grads, perturbation_state, params, step=step)
-            point = optax.apply_updates(point, displacement)
+            # The first ascent begins at `params`: the carried point need not outlive its gradient.
+            start = params if ascents == 1 else point
+            point = optax.apply_updates(start, displacement)
             # The last gradient leaves in the memory of the points: no copy of it, nor one for it.
             return optax.tree.where(left > 0, point, grads), value
 
-        grads, values = jax.lax.scan(evaluate, params, jnp.arange(num_steps or 1, -1, -1))
+        grads, values = jax.lax.scan(evaluate, params, jnp.arange(ascents, -1, -1))
         return jax.tree.map(lambda value: value[0], values), grads
 
     return value_and_grad

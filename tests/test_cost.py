@@ -110,8 +110,8 @@ def test_temporary_copies_of_the_parameters(
     assert extra <= copies * copy, extra / copy
 
 
-def test_the_one_graph_form_needs_one_copy_more_than_two_graphs():
-    """The points and the last gradient share one place."""
+def test_the_one_graph_form_needs_half_a_copy_more_than_two_graphs():
+    """The sharp point and the last gradient share one place."""
 
     def one_graph(params: Any, opt_state: Any, x: jax.Array, labels: jax.Array) -> Any:
         _, grads = value_and_grad(params, x, labels)
@@ -125,7 +125,7 @@ def test_the_one_graph_form_needs_one_copy_more_than_two_graphs():
     compiled = jitted.lower(params, _base().init(params), x, labels).compile()
     two_graphs = _temporary_bytes(optax.chain(flatopt.sam(0.05), _base()))
     copy = optax.tree.size(params) * 4
-    assert compiled.memory_analysis().temp_size_in_bytes <= two_graphs + copy
+    assert compiled.memory_analysis().temp_size_in_bytes <= two_graphs + 0.6 * copy
 
 
 def test_lookahead_reads_and_writes_little_more_than_sgd():
