@@ -29,6 +29,7 @@ from flatopt._ensemble import fast_geometric_ensemble as fast_geometric_ensemble
 from flatopt._entropy_sgd import EntropySgdState as EntropySgdState
 from flatopt._entropy_sgd import entropy_sgd as entropy_sgd
 from flatopt._eval import eval_params as eval_params
+from flatopt._fisher import empirical_fisher as empirical_fisher
 from flatopt._functional import FunctionalGradFn as FunctionalGradFn
 from flatopt._functional import functional_value_and_grad as functional_value_and_grad
 from flatopt._gadam import PadamState as PadamState
@@ -118,7 +119,6 @@ from flatopt._snapshots import snapshots as snapshots
 from flatopt._sparse import FisherMaskState as FisherMaskState
 from flatopt._sparse import RandomMaskState as RandomMaskState
 from flatopt._sparse import drop_displacement as drop_displacement
-from flatopt._sparse import empirical_fisher as empirical_fisher
 from flatopt._sparse import mask_at_random as mask_at_random
 from flatopt._sparse import mask_by_fisher as mask_by_fisher
 from flatopt._swag import SwagCovariance as SwagCovariance

@@ -1,4 +1,11 @@
-"""Quantiles of large arrays without sorting: a few sweeps, wherever the entries lie."""
+"""Order statistics of large arrays without sorting: a few sweeps, wherever the entries lie.
+
+The bit patterns of floats >= 0, read as integers, are in the order of the floats. So the bits of
+the one sought are found one after another, each with one count over all entries.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +18,14 @@ SORTED_SIZE = 2**12  # Up to here sorting is as fast as counting in a loop.
 def quantile(x: jax.Array, q: jax.typing.ArrayLike) -> jax.Array:
     """The `q`-quantile of all entries of `x`, floats >= 0, linear between two neighbours.
 
-    Equals `jnp.quantile`, but counts instead of sorting: the bit patterns of floats >= 0, read as
-    integers, are in the order of the floats, so that the bits of the one sought are found one after
-    another, each with one count over all entries.
+    Equals `jnp.quantile`.
     """
     if x.size <= SORTED_SIZE:
         return jnp.quantile(_tree.replicate(x), q)
-    width = x.dtype.itemsize * 8
-    unsigned = jnp.dtype(f"uint{width}")
-    patterns = jax.lax.bitcast_convert_type(x, unsigned)
+    patterns = _patterns(x)
     position = jnp.asarray(q, x.dtype) * (x.size - 1)
     below = jnp.floor(position).astype(jnp.int32)
-
-    def decide(i: jax.Array, found: jax.Array) -> jax.Array:
-        candidate = found | (jnp.ones([], unsigned) << (width - 1 - i).astype(unsigned))
-        return jnp.where(jnp.sum(patterns < candidate) <= below, candidate, found)
-
-    found = jax.lax.fori_loop(0, width, decide, jnp.zeros([], unsigned))
+    found = _last(lambda candidate: jnp.sum(patterns < candidate) <= below, patterns.dtype)
     lower = jax.lax.bitcast_convert_type(found, x.dtype)
     is_above = patterns > found
     next_above = jnp.min(jnp.where(is_above, x, jnp.inf))
@@ -35,3 +33,35 @@ def quantile(x: jax.Array, q: jax.typing.ArrayLike) -> jax.Array:
     # `upper` is infinite where there is no entry above, and then `position` is whole.
     share = position - below
     return jnp.where(share > 0, lower + share * (upper - lower), lower)
+
+
+def largest(x: jax.Array, number: jax.typing.ArrayLike) -> jax.Array:
+    """Bools, True at exactly `number` largest entries of `x`, floats >= 0 in one dimension.
+
+    Of equal entries the first ones are taken; NaN counts as less than all others.
+    """
+    patterns = jnp.where(jnp.isnan(x), 0, _patterns(x) + 1)
+    least = _last(lambda candidate: jnp.sum(patterns >= candidate) >= number, patterns.dtype)
+    above, equal = patterns > least, patterns == least
+    left = number - jnp.sum(above)
+
+    def among_first(end: jax.Array) -> jax.Array:
+        return equal & (jnp.arange(x.size, dtype=jnp.uint32) < end)
+
+    end = _last(lambda candidate: jnp.sum(among_first(candidate)) <= left, jnp.uint32)
+    return above | among_first(end)
+
+
+def _patterns(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{x.dtype.itemsize * 8}"))
+
+
+def _last(holds: Callable[[jax.Array], jax.Array], dtype: Any) -> jax.Array:
+    """The greatest unsigned number for which `holds` is true; so must it be for all below."""
+    width = jnp.dtype(dtype).itemsize * 8
+
+    def decide(i: jax.Array, found: jax.Array) -> jax.Array:
+        candidate = found | (jnp.ones([], dtype) << (width - 1 - i).astype(dtype))
+        return jnp.where(holds(candidate), candidate, found)
+
+    return jax.lax.fori_loop(0, width, decide, jnp.zeros([], dtype))

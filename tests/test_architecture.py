@@ -24,6 +24,7 @@ FLOORS = [
         "_schedules",
         "_ring",
         "_quantile",
+        "_fisher",
         "_batches",
         "_progress",
     ],
@@ -69,6 +70,7 @@ ALLOWED_SIDEWAYS = {
     ("_schedules", "_checks"),
     ("_batches", "_tree"),
     ("_quantile", "_tree"),
+    ("_fisher", "_tree"),
 }
 OPTIONAL = {"flax": {"linen", "nnx"}, "matplotlib": {"plots"}, "tqdm": {"_progress"}}
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py")

@@ -204,6 +204,17 @@ def test_random_mask_keeps_its_size_and_moves(decay_steps, moved_late):
     assert (masks[7] != masks[8]).any() == moved_late
 
 
+def test_random_mask_keeps_its_size_where_gradients_are_not_finite():
+    perturbation = flatopt.mask_at_random(flatopt.scale_to_norm(1.0), sparsity=0.7, every=1, key=3)
+    params = jnp.ones(100)
+    state = perturbation.init(params)
+    for bad in (jnp.nan, jnp.inf, -jnp.inf):
+        _, state = perturbation.update(params.at[::2].set(bad), state, params)
+        assert state.mask.sum() == 30
+    _, state = perturbation.update(jnp.full(100, jnp.nan), state, params)
+    assert state.mask.sum() == 30
+
+
 def test_dropped_displacement_is_unbiased_and_whole_by_tensor():
     tree = {"a": jnp.ones(2000), "b": jnp.ones(2000)}
     drop = flatopt.drop_displacement(keep=0.25, key=1)

@@ -1,4 +1,6 @@
-"""Quantiles by counting are those of a sort."""
+"""Quantiles, and the largest entries, by counting are those of a sort."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +34,27 @@ def test_equals_a_sort(kind: str, q: float):
     )
 
 
+@pytest.mark.parametrize("number", [0, 1, SIZE // 3, SIZE - 1, SIZE])
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "zeros", "wide range", "one infinite"])
+def test_the_largest_are_those_of_a_stable_sort(kind: str, number: int):
+    x = _entries(kind)
+    expected = np.zeros(SIZE, bool)
+    expected[np.argsort(-x, stable=True)[:number]] = True
+    np.testing.assert_array_equal(jax.jit(_quantile.largest)(x, number), expected)
+
+
+def test_nan_is_less_than_all_others():
+    x = jnp.array([jnp.nan, 0.0, jnp.nan, 2.0, jnp.inf])
+    for number, chosen in enumerate([[], [4], [3, 4], [1, 3, 4], [0, 1, 3, 4], range(5)]):
+        np.testing.assert_array_equal(np.flatnonzero(_quantile.largest(x, number)), chosen)
+
+
 def test_double_precision():
     with jax.enable_x64(True):
         x = jnp.asarray(np.abs(np.random.default_rng(0).normal(size=SIZE)))
         assert x.dtype == jnp.float64
+        x = x.at[:2].set([1.0, 1.0 + 1e-15])
+        assert _quantile.largest(x[:2], 1).tolist() == [False, True]
         np.testing.assert_allclose(
             _quantile.quantile(x, 0.777), np.quantile(np.asarray(x), 0.777), rtol=1e-14
         )
@@ -49,7 +68,10 @@ def test_under_vmap():
     )
 
 
-def test_nothing_is_sorted():
-    text = jax.jit(_quantile.quantile).lower(_entries("normal"), 0.5).as_text()
+@pytest.mark.parametrize(
+    ("function", "argument"), [(_quantile.quantile, 0.5), (_quantile.largest, SIZE // 2)]
+)
+def test_nothing_is_sorted(function: Callable[..., jax.Array], argument: float):
+    text = jax.jit(function).lower(_entries("normal"), argument).as_text()
     assert "sort" not in text
     assert "while" in text
