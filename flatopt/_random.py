@@ -1,10 +1,14 @@
 """Random keys in optimiser states: raw key data, which every checkpoint format can hold."""
 
+import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+
+from flatopt import _tree
 
 KeyLike = Any  # An int seed, a typed key, or raw uint32 key data.
 
@@ -48,9 +52,35 @@ def normal_like(key: jax.Array, tree: Any) -> Any:
     So a run in float64 sees the noise that the same run in float32 sees.
     """
 
-    def draw(key: jax.Array, shape: Any, dtype: Any, out_sharding: Any) -> jax.Array:
-        real = not jnp.issubdtype(dtype, jnp.complexfloating)
-        dtype = jnp.float32 if real else jnp.complex64
-        return jax.random.normal(key, shape, dtype, out_sharding=out_sharding)
+    def real_parts(x: jax.Array) -> jax.Array:
+        return jnp.stack([x.real, x.imag]) if jnp.iscomplexobj(x) else x
 
-    return optax.tree.random_like(key, tree, draw)
+    def as_drawn(x: jax.Array, z: jax.Array) -> jax.Array:
+        return jax.lax.complex(z[0], z[1]) / jnp.sqrt(2) if jnp.iscomplexobj(x) else z
+
+    normal = functools.partial(jax.random.normal, dtype=jnp.float32)
+    return jax.tree.map(as_drawn, tree, _draw_like(key, jax.tree.map(real_parts, tree), normal))
+
+
+def uniform_like(key: jax.Array, tree: Any) -> Any:
+    """Draws from [0, 1) in float32, one an entry."""
+    return _draw_like(key, tree, functools.partial(jax.random.uniform, dtype=jnp.float32))
+
+
+def _draw_like(key: jax.Array, tree: Any, sampler: Callable[..., jax.Array]) -> Any:
+    """Independent draws, one an entry of `tree`, each lying where its leaf lies."""
+    leaves, structure = jax.tree.flatten(tree)
+    groups = _tree.groups(leaves)
+    drawn: dict[int, jax.Array] = {}
+    for own_key, group in zip(jax.random.split(key, len(groups)), groups, strict=True):
+        chosen = [leaves[i] for i in group]
+        if len(group) == 1:
+            sharding = jax.typeof(chosen[0]).sharding
+            drawn[group[0]] = sampler(own_key, chosen[0].shape, out_sharding=sharding)
+            continue
+        ends = list(itertools.accumulate(leaf.size for leaf in chosen))
+        parts = jnp.split(sampler(own_key, (ends[-1],)), ends[:-1])
+        for i, leaf, z in zip(group, chosen, parts, strict=True):
+            # The zeros bring the draws to where the leaf lies.
+            drawn[i] = jnp.zeros_like(leaf, z.dtype) + z.reshape(leaf.shape)
+    return jax.tree.unflatten(structure, [drawn[i] for i in range(len(leaves))])

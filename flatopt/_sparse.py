@@ -185,7 +185,7 @@ def mask_at_random(
         return RandomMaskState(
             step=jnp.zeros([], jnp.int32),
             key=keep,
-            mask=_largest(_uniform(use, params), number),
+            mask=_largest(_random.uniform_like(use, params), number),
             perturbation_state=perturbation.init(params),
         )
 
@@ -213,7 +213,9 @@ def mask_at_random(
             squares = jax.tree.map(lambda x: jnp.where(jnp.isnan(x), 0, x), squares)
             live = jax.tree.map(lambda m, x: jnp.where(m, x, jnp.nan), mask, squares)
             stay = _largest(live, number - dropped)
-            dead = jax.tree.map(lambda m, u: jnp.where(m, jnp.nan, u), mask, _uniform(use, updates))
+            dead = jax.tree.map(
+                lambda m, u: jnp.where(m, jnp.nan, u), mask, _random.uniform_like(use, updates)
+            )
             grown = _largest(dead, dropped)
             return jax.tree.map(jnp.logical_or, stay, grown), keep_key
 
@@ -278,11 +280,12 @@ def drop_displacement(
         del params, extra_args
         left, use = _random.split(state.key)
 
-        def leaf(x: jax.Array, k: jax.Array) -> jax.Array:
-            kept = jax.random.bernoulli(k, keep, () if per_tensor else x.shape)
-            return jnp.where(kept, x / keep, 0).astype(x.dtype)
-
-        dropped = jax.tree.map(leaf, updates, _random.split_like(use, updates))
+        like = jax.tree.map(lambda _: jnp.zeros([]), updates) if per_tensor else updates
+        dropped = jax.tree.map(
+            lambda x, u: jnp.where(u < keep, x / keep, 0).astype(x.dtype),
+            updates,
+            _random.uniform_like(use, like),
+        )
         return dropped, RandomMaskState(optax.safe_increment(state.step), left, (), ())
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -311,14 +314,6 @@ def _largest(scores: Any, number: jax.typing.ArrayLike) -> Any:
         for part, x in zip(parts, leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, shaped)
-
-
-def _uniform(key: jax.Array, like: Any) -> Any:
-    return jax.tree.map(
-        lambda x, k: jnp.zeros_like(x, jnp.float32) + jax.random.uniform(k, x.shape),
-        like,
-        _random.split_like(key, like),
-    )
 
 
 def _size(tree: Any) -> int:

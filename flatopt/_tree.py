@@ -1,15 +1,16 @@
 """Tree arithmetic that `optax.tree` lacks: norms and products that survive half precision."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-# Small leaves are joined before they are summed over: the compile time of XLA grows with the square
-# of the number of sums, and also, more slowly, with the number of leaves that are joined at once.
+# Small leaves are joined before they are summed over, and their noise is drawn at once: the compile
+# time of XLA grows with the square of the number of sums, and also, more slowly, with the number of
+# leaves that are joined at once.
 JOINED_SIZE = 2**14
 JOINED_NUMBER = 32
 
@@ -37,7 +38,11 @@ def vdot(tree: Any, other: Any) -> jax.Array:
     x = jax.tree.leaves(tree)
     y = x if other is tree else jax.tree.leaves(jax.tree.map(lambda _, leaf: leaf, tree, other))
     total = jnp.zeros([], dtype)
-    for group in _groups(x, y):
+    # To be joined, they would have to lie the same way along mesh axes that are explicit.
+    spread = [
+        any(any(jax.typeof(z).sharding.spec) for z in pair) for pair in zip(x, y, strict=True)
+    ]
+    for group in groups(x, alone=[i for i, is_spread in enumerate(spread) if is_spread]):
         left = _join(x, group)
         right = left if y is x else _join(y, group)
         total += jnp.sum((left.conj() * right).real, dtype=dtype)
@@ -89,6 +94,13 @@ def apply_if(predicate: jax.Array, function: Callable[[Any], Any], carry: Any) -
     return jax.lax.fori_loop(0, predicate.astype(jnp.int32), lambda _, c: function(c), carry)
 
 
+def groups(leaves: list[jax.Array], alone: Collection[int] = ()) -> list[list[int]]:
+    """Numbers of the leaves to be taken together: small ones, except those that stay `alone`."""
+    small = [i for i, x in enumerate(leaves) if x.size <= JOINED_SIZE and i not in alone]
+    together = [small[i : i + JOINED_NUMBER] for i in range(0, len(small), JOINED_NUMBER)]
+    return together + [[i] for i in sorted(set(range(len(leaves))) - set(small))]
+
+
 def merge_masked(trees: Iterable[Any], like: Any) -> Any:
     """One tree of the structure of `like`: each leaf from the tree that has it.
 
@@ -113,16 +125,6 @@ def is_masked(leaf: Any) -> bool:
 
 def _inexact_leaves(tree: Any) -> list[jax.Array]:
     return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-
-
-def _groups(*trees: list[jax.Array]) -> list[list[int]]:
-    """Numbers of the leaves that are summed together; `trees` have leaves of the same shapes."""
-    leaves = trees[0]
-    small = [i for i, x in enumerate(leaves) if x.size <= JOINED_SIZE]
-    # Mesh axes that are explicit would have to be the same on all leaves.
-    joined = [i for i in small if not any(any(jax.typeof(x[i]).sharding.spec) for x in trees)]
-    groups = [joined[i : i + JOINED_NUMBER] for i in range(0, len(joined), JOINED_NUMBER)]
-    return groups + [[i] for i in sorted(set(range(len(leaves))) - set(joined))]
 
 
 def _join(leaves: list[jax.Array], group: list[int]) -> jax.Array:

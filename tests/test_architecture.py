@@ -70,6 +70,7 @@ ALLOWED_SIDEWAYS = {
     ("_schedules", "_checks"),
     ("_batches", "_tree"),
     ("_quantile", "_tree"),
+    ("_random", "_tree"),
     ("_fisher", "_tree"),
 }
 OPTIONAL = {"flax": {"linen", "nnx"}, "matplotlib": {"plots"}, "tqdm": {"_progress"}}
