@@ -20,6 +20,7 @@ def replicated_sgd(
     key: _random.KeyLike = 0,
     every: int | None = None,
     automatic: int | None = None,
+    evaluation: str = "unrolled",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replicated SGD: several replicas that attract each other, evaluated at their barycentre.
 
@@ -38,6 +39,8 @@ def replicated_sgd(
       every: pull once in so many updates; see `couple_replicas`. Static.
       automatic: measure the unit of the strength in so many first updates, which needs `value=`;
         see `couple_replicas`. Static.
+      evaluation: "unrolled", "loop" or "vmap": how the gradients of the other replicas are
+        computed, one after another or at the same time; see `hold_replicas`. Static.
 
     Returns:
       `hold_replicas(optax.chain(couple_replicas(...), optimizer), number, ...)`: a wrapper to be
@@ -77,7 +80,7 @@ def replicated_sgd(
       few scalars.
     """
     coupling = couple_replicas(strength, axis_name=_AXIS, every=every, automatic=automatic)
-    return hold_replicas(optax.chain(coupling, optimizer), number, _AXIS, std, key)
+    return hold_replicas(optax.chain(coupling, optimizer), number, _AXIS, std, key, evaluation)
 
 
 def strength_schedule(

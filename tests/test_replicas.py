@@ -237,9 +237,11 @@ def test_automatic_strength_needs_the_loss():
 # A loop that knows of one model
 
 
-def test_recipe_equals_replicas_on_a_leading_axis():
+@pytest.mark.parametrize("evaluation", ["unrolled", "loop", "vmap"])
+def test_recipe_equals_replicas_on_a_leading_axis(evaluation: str):
     """Each replica with its own batch, by the number of the evaluation."""
-    number, tx = 3, flatopt.replicated_sgd(_sgd(), 3, 0.5, std=0.3, key=1)
+    number = 3
+    tx = flatopt.replicated_sgd(_sgd(), number, 0.5, std=0.3, key=1, evaluation=evaluation)
     params = cases.init_params()
     opt_state = tx.init(params)
     for i in range(4):
@@ -253,6 +255,22 @@ def test_recipe_equals_replicas_on_a_leading_axis():
     cases.assert_close(params, jax.tree.map(lambda x: x[0], expected))
     cases.assert_close(opt_state.others, jax.tree.map(lambda x: x[1:], expected))
     cases.assert_close(flatopt.eval_params(opt_state, params), flatopt.barycentre(expected))
+
+
+@pytest.mark.parametrize(("evaluation", "models"), [("unrolled", 4), ("loop", 1), ("vmap", 1)])
+def test_how_often_the_other_replicas_are_compiled(evaluation: str, models: int):
+    tx = flatopt.replicated_sgd(_sgd(), 5, 0.5, evaluation=evaluation)
+    params = cases.init_params()
+    traced = 0
+
+    def grad_fn(params, i):
+        nonlocal traced
+        del i
+        traced += 1
+        return jax.grad(cases.loss_fn)(params, cases.make_batch())
+
+    jax.eval_shape(lambda p: tx.update(p, tx.init(p), p, grad_fn=grad_fn), params)
+    assert traced == models
 
 
 def test_evaluation_is_the_centre_of_the_replicas_own_averages():
@@ -515,6 +533,11 @@ def test_unfit_strength(bad: float):
         flatopt.couple_replicas(bad)
     with pytest.raises(ValueError, match="strength="):
         flatopt.replicated_sgd(_sgd(), 3, bad)
+
+
+def test_unfit_evaluation():
+    with pytest.raises(ValueError, match=r"evaluation='map' must be one of unrolled, loop, vmap"):
+        flatopt.replicated_sgd(_sgd(), 3, 0.1, evaluation="map")
 
 
 def test_parle_with_one_update_a_round_by_hand():
