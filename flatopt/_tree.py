@@ -79,7 +79,7 @@ def orthogonal(tree: Any, to: Any) -> Any:
 
 
 def replicate(x: jax.Array) -> jax.Array:
-    """`x` on every device where the mesh has explicit axes: sorting has no sharded form there."""
+    """`x` on every device where the mesh has explicit axes: to be sorted, or joined with others."""
     if jax.typeof(x).sharding.mesh.are_all_axes_explicit:
         return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
     return x
