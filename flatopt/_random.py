@@ -1,4 +1,4 @@
-"""Random keys in optimiser states: raw key data, which every checkpoint format can hold."""
+"""Random keys, kept in states as raw data that every checkpoint format can hold, and draws."""
 
 import functools
 import itertools
@@ -36,14 +36,6 @@ def split(data: jax.Array) -> tuple[jax.Array, jax.Array]:
     """New key data to keep, and a typed key to use now."""
     keep, use = jax.random.split(jax.random.wrap_key_data(data))
     return jax.random.key_data(keep), use
-
-
-def split_like(key: jax.Array, tree: Any) -> Any:
-    """A tree of keys with the structure of `tree`, independent of one another."""
-    leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(
-        structure, list(jax.random.split(key, max(len(leaves), 1)))[: len(leaves)]
-    )
 
 
 def normal_like(key: jax.Array, tree: Any) -> Any:
