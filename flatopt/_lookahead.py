@@ -131,8 +131,9 @@ def lookahead(
             slow = optax.tree.where(step <= begin, _mean.copy(fast), slow)
         # A branch would keep these passes from being one with those of the inner optimiser.
         due = (step > begin) & ((step - begin) % period == 0)
-        moves, synchronised = fast_updates, _mean.copy(fast)
-        if not keeps_fast:
+        if keeps_fast:
+            moves, synchronised = fast_updates, _mean.copy(fast)
+        else:
             target = _mean.towards(slow, fast, share)
             moves = optax.tree.where(due, _mean.moves(target, params, fast_updates), fast_updates)
             # Where the parameters land, not `target`: the two are one, and XLA takes one pass less.

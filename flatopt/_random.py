@@ -1,7 +1,6 @@
 """Random keys, kept in states as raw data that every checkpoint format can hold, and draws."""
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -70,9 +69,6 @@ def _draw_like(key: jax.Array, tree: Any, sampler: Callable[..., jax.Array]) -> 
             sharding = jax.typeof(chosen[0]).sharding
             drawn[group[0]] = sampler(own_key, chosen[0].shape, out_sharding=sharding)
             continue
-        ends = list(itertools.accumulate(leaf.size for leaf in chosen))
-        parts = jnp.split(sampler(own_key, (ends[-1],)), ends[:-1])
-        for i, leaf, z in zip(group, chosen, parts, strict=True):
-            # The zeros bring the draws to where the leaf lies.
-            drawn[i] = jnp.zeros_like(leaf, z.dtype) + z.reshape(leaf.shape)
+        joined = sampler(own_key, (sum(leaf.size for leaf in chosen),))
+        drawn |= zip(group, _tree.split(joined, chosen), strict=True)
     return jax.tree.unflatten(structure, [drawn[i] for i in range(len(leaves))])

@@ -1,6 +1,5 @@
 """Masks of a displacement that change during training: Fisher, random dynamic, dropout."""
 
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -209,9 +208,13 @@ def mask_at_random(
                 share = 0.5 * (1 + jnp.cos(jnp.pi * progress))
             dropped = jnp.round(drop_rate * share * number).astype(jnp.int32)
             dropped = jnp.minimum(dropped, _size(updates) - number)  # As many must be dead.
-            squares = jax.tree.map(_fisher.square, updates)
-            squares = jax.tree.map(lambda x: jnp.where(jnp.isnan(x), 0, x), squares)
-            live = jax.tree.map(lambda m, x: jnp.where(m, x, jnp.nan), mask, squares)
+            live = jax.tree.map(
+                lambda m, g: jnp.where(
+                    m, jnp.nan_to_num(_fisher.square(g), posinf=jnp.inf), jnp.nan
+                ),
+                mask,
+                updates,
+            )
             stay = _largest(live, number - dropped)
             dead = jax.tree.map(
                 lambda m, u: jnp.where(m, jnp.nan, u), mask, _random.uniform_like(use, updates)
@@ -306,14 +309,7 @@ def _largest(scores: Any, number: jax.typing.ArrayLike) -> Any:
         return scores
     joined = jnp.concatenate([_tree.replicate(x).ravel() for x in leaves])
     chosen = _quantile.largest(joined, number)
-    ends = list(itertools.accumulate(x.size for x in leaves))
-    parts = jnp.split(chosen, ends[:-1])
-    # The zeros bring each mask to where its leaf lies.
-    shaped = [
-        jnp.zeros_like(x, bool) | part.reshape(x.shape)
-        for part, x in zip(parts, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, shaped)
+    return jax.tree.unflatten(structure, _tree.split(chosen, leaves))
 
 
 def _size(tree: Any) -> int:

@@ -1,6 +1,7 @@
 """Tree arithmetic that `optax.tree` lacks: norms and products that survive half precision."""
 
 import functools
+import itertools
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -99,6 +100,17 @@ def groups(leaves: list[jax.Array], alone: Collection[int] = ()) -> list[list[in
     small = [i for i, x in enumerate(leaves) if x.size <= JOINED_SIZE and i not in alone]
     together = [small[i : i + JOINED_NUMBER] for i in range(0, len(small), JOINED_NUMBER)]
     return together + [[i] for i in sorted(set(range(len(leaves))) - set(small))]
+
+
+def split(joined: jax.Array, leaves: list[jax.Array]) -> list[jax.Array]:
+    """Cuts one dimension into arrays of the shapes of `leaves`, each lying where its leaf lies."""
+    ends = list(itertools.accumulate(x.size for x in leaves))
+    parts = jnp.split(joined, ends[:-1])
+    # It is the zeros that lie there.
+    return [
+        jnp.zeros_like(x, joined.dtype) + part.reshape(x.shape)
+        for x, part in zip(leaves, parts, strict=True)
+    ]
 
 
 def merge_masked(trees: Iterable[Any], like: Any) -> Any:
