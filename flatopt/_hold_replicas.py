@@ -68,8 +68,9 @@ def hold_replicas(
         parameters; see `replicate_params`.
       key: an int seed, a key from `jax.random.key`, or its uint32 key data, for that noise.
       evaluation: how the n - 1 gradients are computed. "unrolled": one after another, as fast as
-        that of a single network whatever it is made of; compiles it n - 1 times. "loop": one after
-        another, compiled once, in the least memory; but on a CPU, XLA runs derived gradients of
+        that of a single network whatever it is made of; compiles it n - 1 times. XLA for CPUs does
+        not keep to the order and may hold the activations of all. "loop": one after another,
+        compiled once, in the least memory; but on a CPU, XLA runs derived gradients of
         convolutions in a loop tens of times slower. "vmap": all at the same time, compiled once;
         the fastest for small dense networks, slow for convolutions. Static.
 
@@ -131,7 +132,9 @@ def hold_replicas(
         if number > 1:
             gradient = _checks.require_grad_fn("hold_replicas", grad_fn)
             _checks.require_whole_tree("hold_replicas", params)
-            grads_of_others = _map(evaluation, gradient, state.others, number - 1)
+            # One after another: side by side, the activations of all would be in memory.
+            others, updates = jax.lax.optimization_barrier((state.others, updates))
+            grads_of_others = _map(evaluation, gradient, others, number - 1)
             grads_of_others = optax.tree.cast_like(grads_of_others, updates)
 
         def update_one(grads: Any, inner_state: Any, replica: Any) -> Any:
@@ -160,7 +163,11 @@ def _map(evaluation: str, gradient: Callable[..., Any], points: Any, number: int
         return jax.vmap(gradient, axis_size=number)(points, numbers)
     if evaluation == "loop":
         return jax.lax.map(lambda pair: gradient(*pair), (points, numbers))
-    each = [gradient(jax.tree.map(lambda x, a=a: x[a], points), numbers[a]) for a in range(number)]
+    each = []
+    for a in range(number):
+        grads = gradient(jax.tree.map(lambda x, a=a: x[a], points), numbers[a])
+        points, grads = jax.lax.optimization_barrier((points, grads))
+        each.append(grads)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
 

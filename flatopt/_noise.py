@@ -89,7 +89,10 @@ def standard_normal(key: _random.KeyLike) -> optax.GradientTransformationExtraAr
         **extra_args: Any,
     ) -> tuple[optax.Updates, NoiseState]:
         del params, extra_args
-        keep, use = _random.split(state.key)
+        # A gradient at the point that the noise leads to waits for this one: side by side, they
+        # would keep the activations of both in memory.
+        key, updates = jax.lax.optimization_barrier((state.key, updates))
+        keep, use = _random.split(key)
         draws = optax.tree.cast_like(_random.normal_like(use, updates), updates)
         return draws, NoiseState(keep)
 

@@ -25,7 +25,7 @@ def quantile(x: jax.Array, q: jax.typing.ArrayLike) -> jax.Array:
     patterns = _patterns(x)
     position = jnp.asarray(q, x.dtype) * (x.size - 1)
     below = jnp.floor(position).astype(jnp.int32)
-    found = _last(lambda candidate: jnp.sum(patterns < candidate) <= below, patterns.dtype)
+    found = _last_pattern(lambda candidate: jnp.sum(patterns < candidate) <= below, x.dtype)
     lower = jax.lax.bitcast_convert_type(found, x.dtype)
     is_above = patterns > found
     next_above = jnp.min(jnp.where(is_above, x, jnp.inf))
@@ -41,27 +41,37 @@ def largest(x: jax.Array, number: jax.typing.ArrayLike) -> jax.Array:
     Of equal entries the first ones are taken; NaN counts as less than all others.
     """
     patterns = jnp.where(jnp.isnan(x), 0, _patterns(x) + 1)
-    least = _last(lambda candidate: jnp.sum(patterns >= candidate) >= number, patterns.dtype)
+    least = _last_pattern(lambda candidate: jnp.sum(patterns >= candidate) >= number, x.dtype)
     above, equal = patterns > least, patterns == least
     left = number - jnp.sum(above)
 
     def among_first(end: jax.Array) -> jax.Array:
         return equal & (jnp.arange(x.size, dtype=jnp.uint32) < end)
 
-    end = _last(lambda candidate: jnp.sum(among_first(candidate)) <= left, jnp.uint32)
+    bits = x.size.bit_length()
+    end = _last(lambda candidate: jnp.sum(among_first(candidate)) <= left, jnp.uint32, bits)
     return above | among_first(end)
 
 
+def _pattern_dtype(dtype: Any) -> Any:
+    return jnp.dtype(f"uint{jnp.dtype(dtype).itemsize * 8}")
+
+
 def _patterns(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{x.dtype.itemsize * 8}"))
+    return jax.lax.bitcast_convert_type(x, _pattern_dtype(x.dtype))
 
 
-def _last(holds: Callable[[jax.Array], jax.Array], dtype: Any) -> jax.Array:
-    """The greatest unsigned number for which `holds` is true; so must it be for all below."""
-    width = jnp.dtype(dtype).itemsize * 8
+def _last_pattern(holds: Callable[[jax.Array], jax.Array], dtype: Any) -> jax.Array:
+    """`_last` among the patterns of floats >= 0 of `dtype`: their sign bit is 0."""
+    unsigned = _pattern_dtype(dtype)
+    return _last(holds, unsigned, unsigned.itemsize * 8 - 1)
+
+
+def _last(holds: Callable[[jax.Array], jax.Array], dtype: Any, bits: int) -> jax.Array:
+    """The greatest number of `bits` bits for which `holds`; it must hold for all below, too."""
 
     def decide(i: jax.Array, found: jax.Array) -> jax.Array:
-        candidate = found | (jnp.ones([], dtype) << (width - 1 - i).astype(dtype))
+        candidate = found | (jnp.ones([], dtype) << (bits - 1 - i).astype(dtype))
         return jnp.where(holds(candidate), candidate, found)
 
-    return jax.lax.fori_loop(0, width, decide, jnp.zeros([], dtype))
+    return jax.lax.fori_loop(0, bits, decide, jnp.zeros([], dtype))

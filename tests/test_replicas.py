@@ -273,6 +273,30 @@ def test_how_often_the_other_replicas_are_compiled(evaluation: str, models: int)
     assert traced == models
 
 
+@pytest.mark.parametrize(
+    ("tx", "gradients"),
+    [
+        (flatopt.replicated_sgd(_sgd(), 4, 0.5), 4),
+        (optax.chain(flatopt.rwp(0.1), _sgd()), 2),
+    ],
+    ids=["replicated_sgd", "rwp"],
+)
+def test_independent_gradients_wait_for_one_another(tx, gradients: int):
+    """Else XLA may interleave them, with the activations of all in memory at the same time."""
+    params, batch = cases.init_params(), cases.make_batch()
+
+    def update(params, opt_state):
+        grad_fn = flatopt.make_grad_fn(cases.loss_fn, batch)
+        return tx.update(grad_fn(params), opt_state, params, grad_fn=grad_fn)
+
+    text = jax.jit(update).lower(params, tx.init(params)).as_text()
+    barrier = "stablehlo.optimization_barrier"
+    assert text.count(barrier) >= gradients - 1
+    # Between two of them there is a whole gradient: something is multiplied.
+    parts = text.split(barrier)
+    assert sum("stablehlo.dot_general" in part for part in parts) >= gradients
+
+
 def test_evaluation_is_the_centre_of_the_replicas_own_averages():
     inner = optax.chain(_sgd(), flatopt.swa())
     tx = flatopt.replicated_sgd(inner, 3, 0.0, std=0.3, key=1)
