@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import (
+    accelerators,
     compile_time,
     draw,
     local_entropy,
@@ -135,6 +136,7 @@ def _perceptron(results: dict[str, Any]) -> list[str]:
 
 
 _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "accelerators": accelerators.lines,
     "batch_norm_compare": _batch_norm,
     "compare": _compare,
     "compile_time": compile_time.lines,

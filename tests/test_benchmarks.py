@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+    accelerators,
     by_hand,
     compile_time,
     draw,
@@ -217,6 +219,69 @@ def test_scaling(rendered, monkeypatch):
     assert list(parts["ascent_steps"]["3"]) == ["sgd", "gradient_at"]
     assert "| devices | step | ms |" in table
     assert drawn
+
+
+# What a scheduled program looks like, cut down to what is counted.
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %p = (s32[], f32[4]{0}) parameter(0)
+  %x = f32[4]{0} get-tuple-element(%p), index=1
+  %fused.1 = f32[4]{0} fusion(%x), kind=kLoop, calls=%f
+  ROOT %fused.2 = (s32[], f32[4]{0}) fusion(%fused.1), kind=kLoop, calls=%f
+}
+
+%once (q: f32[4]) -> f32[4] {
+  %q = f32[4]{0} parameter(0)
+  ROOT %copy.1 = f32[4]{0} copy(%q)
+}
+
+%nothing (r: f32[4]) -> f32[4] {
+  ROOT %r = f32[4]{0} parameter(0)
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %gemm = (f32[4]{0}, s8[9]{0}) custom-call(%a), custom_call_target="__cublas$gemm"
+  %five = (s32[], f32[4]{0}) while(%gemm), condition=%c, body=%body, \
+backend_config={"known_trip_count":{"n":"5"}}
+  %some = (s32[], f32[4]{0}) while(%five), condition=%c, body=%body
+  %either = f32[4]{0} conditional(%b, %a, %a), true_computation=%once, false_computation=%nothing
+  %or = f32[4]{0} conditional(%i, %a, %a), branch_computations={%once, %once}
+  ROOT %called = f32[4]{0} call(%or), to_apply=%once
+}
+"""
+
+
+def test_kernels_are_counted_as_often_as_they_are_launched():
+    assert accelerators.num_kernels(PROGRAM) == {
+        "call": 1, "fusion": 5 * 2, "copy": 1 + 1, accelerators.ONCE_IN_A_WHILE: 2 + 1,
+    }  # fmt: skip
+
+
+def test_accelerators(rendered, monkeypatch):
+    """Compiled for the CPU, which any machine can do."""
+    here = accelerators.Target("jaxlib", lambda: SimpleNamespace(devices=jax.devices("cpu")))
+    monkeypatch.setattr(accelerators, "TARGETS", {"cpu": here})
+    monkeypatch.setattr(accelerators, "MODELS", {"mlp": lambda dtype: _tiny("mlp", dtype)})
+    monkeypatch.setattr(accelerators, "MEASURED", ["sgd", "sam"])
+    command = ["--target", "cpu", "--dtypes", "float32"]
+    results, table, _ = rendered(accelerators, "accelerators_cpu", command)
+    rows = {row["variant"]: row for row in results["models"]["mlp, float32"]["rows"]}
+    assert {"sgd", "sam", "sam, by hand"} <= set(rows)
+    assert rows["sgd"]["flops over base"] == 1
+    assert 1.5 < rows["sam"]["flops over base"] < 2.5
+    assert rows["sam"]["flops over base"] <= 1.02 * rows["sam, by hand"]["flops over base"]
+    assert "| sgd | 1.00 | 1.00 | 0.00 |" in table
+
+
+def test_a_target_without_its_package_is_refused(monkeypatch, capsys):
+    target = accelerators.Target("no-such-package", lambda: None)
+    monkeypatch.setattr(accelerators, "TARGETS", {"h100": target})
+    monkeypatch.setattr(sys, "argv", ["accelerators", "--target", "h100"])
+    with pytest.raises(SystemExit):
+        accelerators.main()
+    assert "--target h100 needs the package no-such-package" in capsys.readouterr().err
 
 
 def test_a_table_without_results_is_empty(tmp_path: Path, monkeypatch):
