@@ -8,7 +8,6 @@ and the numbers do not wobble. `h100` needs `jax[cuda12]`, `v5e` needs `jax[tpu]
 
 import argparse
 import collections
-import functools
 import os
 import re
 from collections.abc import Callable
@@ -90,7 +89,8 @@ def num_kernels(text: str) -> dict[str, int]:
     """Kernels, library calls and copies that a compiled program launches, by their kind.
 
     Those in a loop count as often as it turns. A loop whose number of turns is known only when it
-    runs is, in these programs, what a method does once in a while: its turn is counted apart.
+    runs is, in these programs, what a method does once in a while: its turn is counted apart, and
+    so is what the longer one of two branches launches more.
     """
     computations, entry = _computations(text)
 
@@ -163,18 +163,13 @@ def compile_for(device: Any, problem: Problem, step: Any, init: Any) -> Any:
 
 def measure(device: Any, problem: Problem, names: list[str]) -> dict[str, Any]:
     """Rows of one model."""
-    variants: dict[str, tuple[Any, Any, str]] = {}
-    for name in names:
-        tx = methods.METHODS[name]()
-        step = functools.partial(by_hand.with_flatopt, tx)
-        variants[name] = (step, by_hand.init_of(tx), methods.base_of(name))
-    for other in by_hand.alternatives():
-        if other.method in names:
-            variants[other.name] = (other.step, other.init, methods.base_of(other.method))
+    others = {a.name: a.method for a in by_hand.alternatives() if a.method in names}
+    variants = by_hand.variants([*names, *others])
     copy = memory.num_bytes(problem.params)
     rows: list[dict[str, Any]] = []
     plans: dict[str, dict[str, float]] = {}
-    for name, (step, init, base) in tqdm(variants.items(), desc=problem.name, disable=None):
+    for name, (step, init) in tqdm(variants.items(), desc=problem.name, disable=None):
+        base = methods.base_of(others.get(name, name))
         program = compile_for(device, problem, step, init)
         cost = program.cost_analysis() or {}
         plans[name] = {

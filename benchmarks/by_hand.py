@@ -13,7 +13,17 @@ import jax.numpy as jnp
 import optax
 
 import flatopt
-from benchmarks.methods import ALPHA, EMA_DECAY, EVERY, MOMENTUM, RATE, RHO, Optimizer, sgd
+from benchmarks.methods import (
+    ALPHA,
+    EMA_DECAY,
+    EVERY,
+    METHODS,
+    MOMENTUM,
+    RATE,
+    RHO,
+    Optimizer,
+    sgd,
+)
 
 Carry = Any
 Step = Callable[[Carry, Any], Carry]
@@ -225,3 +235,15 @@ def alternatives() -> list[Alternative]:
     if hasattr(flatopt, "sam_value_and_grad"):
         found.insert(1, Alternative("sam_value_and_grad", "sam", sam_one_graph, init_of(sgd())))
     return found
+
+
+def variants(
+    names: list[str],
+) -> dict[str, tuple[Callable[[LossFn], Step], Callable[[Any], Carry]]]:
+    """From a loss to the step, and the initial carry, of methods and alternatives by name."""
+    found = {}
+    for name in names:
+        if name in METHODS:
+            tx = METHODS[name]()
+            found[name] = (functools.partial(with_flatopt, tx), init_of(tx))
+    return found | {a.name: (a.step, a.init) for a in alternatives() if a.name in names}

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from benchmarks import by_hand, methods, models, record, timing
+from benchmarks import by_hand, models, record, timing
 from benchmarks.models import Problem
 from benchmarks.step_time import show
 
@@ -67,7 +67,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     """Rows of one model."""
     make, wanted = MODELS[name]
     problem = make()
-    makers = _variants(wanted)
+    makers = by_hand.variants(wanted)
     found: dict[str, dict[str, list[float]]] = {
         variant: {phase: [] for phase in (*PHASES, "total")} for variant in makers
     }
@@ -96,19 +96,6 @@ def _time_one(make_step: Any, init: Any, problem: Problem) -> dict[str, float]:
     gc.collect()
     seconds = phases(step, carry, problem.batch)
     return {**seconds, "total": sum(seconds.values())}
-
-
-def _variants(wanted: list[str]) -> dict[str, tuple[Any, Any]]:
-    """From a loss to a step, and the initial carry, of each variant that there is."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for name in wanted:
-        if name in methods.METHODS:
-            tx = methods.METHODS[name]()
-            found[name] = (functools.partial(by_hand.with_flatopt, tx), by_hand.init_of(tx))
-    for other in by_hand.alternatives():
-        if other.name in wanted:
-            found[other.name] = (other.step, other.init)
-    return found
 
 
 def lines(results: dict[str, Any]) -> list[str]:
