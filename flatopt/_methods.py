@@ -210,7 +210,7 @@ def looksam(
 
     Notes:
       Place: as for `sam`. Gradient evaluations: one extra in `every` updates. State: one copy of
-      the parameters, two integers.
+      the parameters, two integers; two temporary copies.
     """
     _checks.check_number("rho", rho, low=0.0)
     perturbation = scale_to_layer_norms(rho) if layerwise else scale_to_norm(rho)
@@ -247,7 +247,7 @@ def rwp(
 
     Returns:
       A stage to be chained before any optimiser; `update` needs `params` and `grad_fn`. The authors
-      take the second gradient on another batch, and both at once: let `grad_fn` do so.
+      take the second gradient on another batch: let `grad_fn` do so.
 
     Raises:
       ValueError: if an argument is out of range, or `params` or `grad_fn` is missing.
@@ -267,9 +267,10 @@ def rwp(
       arXiv:2404.00357
 
     Notes:
-      Place: as for `sam`. Gradient evaluations: one extra, independent of the clean one, so that a
-      compiler or two devices can take both at once. State: one key, a few integers; one temporary
-      copy of the parameters.
+      Place: as for `sam`. Gradient evaluations: one extra. Though it does not depend on the clean
+      one, it waits for it, so that the activations of one pass at a time are in memory; XLA for
+      CPUs does not keep to the order. State: one key, a few integers; two temporary copies of the
+      parameters, and the random bits.
     """
     perturbation = filter_noise(std, key, filter_axis, noise)
     return ascent_stage(std, perturbation, combiner=mix_clean(alpha), start=start, every=every)

@@ -60,7 +60,7 @@ def gsam(
 
     Notes:
       The two adaptive forms are different methods under one name. Place: as for `sam`. Gradient
-      evaluations: one extra per sharp update. State: three integers; one temporary copy of the
+      evaluations: one extra per sharp update. State: three integers; two temporary copies of the
       parameters.
     """
     _checks.check_number("rho", rho, low=0.0)
@@ -119,7 +119,7 @@ def gnp(
 
     Notes:
       Place: as for `sam`. Gradient evaluations: one extra per sharp update. State: three integers;
-      one temporary copy of the parameters.
+      two temporary copies of the parameters.
     """
     _checks.check_number("rho", rho, low=0.0)
     combiner = mix_clean(alpha, normalize_clean)
