@@ -72,8 +72,8 @@ MODELS: dict[str, Callable[[str], Problem]] = {
     "wide_resnet": lambda dtype: models.wide_resnet(dtype=dtype),
 }
 DTYPES = ["float32", "bfloat16"]
-# Beside what most users take: gradients that do not depend on one another.
-MEASURED = [*methods.MAIN, "rwp", "replicated_sgd 3 replicas"]
+# Every method on the MLP; on the others what most users take, and independent gradients.
+FEW = [*methods.MAIN, "rwp", "replicated_sgd 3 replicas"]
 ONCE_IN_A_WHILE = "in a turn"
 # Instructions of a scheduled program that launch nothing.
 _FREE = {
@@ -248,7 +248,9 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     device = target.describe().devices[0]
     results = {
-        f"{name}, {dtype}": measure(device, MODELS[name](dtype), MEASURED)
+        f"{name}, {dtype}": measure(
+            device, MODELS[name](dtype), list(methods.METHODS) if name == "mlp" else FEW
+        )
         for name in args.models.split(",")
         for dtype in args.dtypes.split(",")
     }

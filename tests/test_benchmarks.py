@@ -263,11 +263,11 @@ def test_accelerators(rendered, monkeypatch):
     """Compiled for the CPU, which any machine can do."""
     here = accelerators.Target("jaxlib", lambda: SimpleNamespace(devices=jax.devices("cpu")))
     monkeypatch.setattr(accelerators, "TARGETS", {"cpu": here})
-    monkeypatch.setattr(accelerators, "MODELS", {"mlp": lambda dtype: _tiny("mlp", dtype)})
-    monkeypatch.setattr(accelerators, "MEASURED", ["sgd", "sam"])
+    monkeypatch.setattr(accelerators, "MODELS", {"small": lambda dtype: _tiny("mlp", dtype)})
+    monkeypatch.setattr(accelerators, "FEW", ["sgd", "sam"])
     command = ["--target", "cpu", "--dtypes", "float32"]
     results, table, _ = rendered(accelerators, "accelerators_cpu", command)
-    rows = {row["variant"]: row for row in results["models"]["mlp, float32"]["rows"]}
+    rows = {row["variant"]: row for row in results["models"]["small, float32"]["rows"]}
     assert {"sgd", "sam", "sam, by hand"} <= set(rows)
     assert rows["sgd"]["flops over base"] == 1
     assert 1.5 < rows["sam"]["flops over base"] < 2.5
