@@ -81,7 +81,7 @@ def mask_by_fisher(
       The authors sum squared gradients of single examples at the time of the new mask, and begin
       with an empty mask. Squares of minibatch gradients cost nothing extra. Gradient evaluations:
       none of its own. State: one copy of the parameters, a quarter of one (bools), two integers;
-      a new mask reads two temporary copies some 60 times.
+      a new mask reads two temporary copies some 55 times.
     """
     _check_sparsity(sparsity)
     _checks.check_count("every", every, 1)
@@ -169,7 +169,7 @@ def mask_at_random(
 
     Notes:
       Gradient evaluations: none of its own. State: a quarter of a copy of the parameters (bools),
-      one key, two integers; a renewal reads temporary copies some 130 times.
+      one key, two integers; a renewal reads temporary copies some 110 times.
     """
     _check_sparsity(sparsity)
     _checks.check_count("every", every, 1)
