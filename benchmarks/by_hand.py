@@ -77,7 +77,7 @@ def init_of(tx: Optimizer) -> Callable[[Any], Carry]:
 
 def sam_one_graph(loss_fn: LossFn) -> Step:
     """The form of flatopt that compiles the model once for both points."""
-    value_and_grad = getattr(flatopt, "sam_value_and_grad")(loss_fn, flatopt.scale_to_norm(RHO))  # noqa: B009
+    value_and_grad = flatopt.sam_value_and_grad(loss_fn, flatopt.scale_to_norm(RHO))
     optimizer = sgd()
 
     def step(carry: Carry, batch: Any) -> Carry:
@@ -215,9 +215,10 @@ def _init_optax_lookahead(params: Any) -> Carry:
 
 
 def alternatives() -> list[Alternative]:
-    """All of them, as far as the installed libraries have them."""
-    found = [
+    """All of them."""
+    return [
         Alternative("sam, by hand", "sam", sam, init_of(sgd())),
+        Alternative("sam_value_and_grad", "sam", sam_one_graph, init_of(sgd())),
         *(
             Alternative(
                 f"optax.contrib.sam, {mode}",
@@ -232,9 +233,6 @@ def alternatives() -> list[Alternative]:
         Alternative("optax.incremental_update", "params_ema", ema, _init_ema),
         Alternative("optax.lookahead", "lookahead", optax_lookahead, _init_optax_lookahead),
     ]
-    if hasattr(flatopt, "sam_value_and_grad"):
-        found.insert(1, Alternative("sam_value_and_grad", "sam", sam_one_graph, init_of(sgd())))
-    return found
 
 
 def variants(

@@ -25,7 +25,9 @@ def quantile(x: jax.Array, q: jax.typing.ArrayLike) -> jax.Array:
     patterns = _patterns(x)
     position = jnp.asarray(q, x.dtype) * (x.size - 1)
     below = jnp.floor(position).astype(jnp.int32)
-    found = _last_pattern(lambda candidate: jnp.sum(patterns < candidate) <= below, x.dtype)
+    found = _last(
+        lambda candidate: jnp.sum(patterns < candidate) <= below, patterns.dtype, _num_bits(x)
+    )
     lower = jax.lax.bitcast_convert_type(found, x.dtype)
     is_above = patterns > found
     next_above = jnp.min(jnp.where(is_above, x, jnp.inf))
@@ -41,7 +43,9 @@ def largest(x: jax.Array, number: jax.typing.ArrayLike) -> jax.Array:
     Of equal entries the first ones are taken; NaN counts as less than all others.
     """
     patterns = jnp.where(jnp.isnan(x), 0, _patterns(x) + 1)
-    least = _last_pattern(lambda candidate: jnp.sum(patterns >= candidate) >= number, x.dtype)
+    least = _last(
+        lambda candidate: jnp.sum(patterns >= candidate) >= number, patterns.dtype, _num_bits(x)
+    )
     above, equal = patterns > least, patterns == least
     left = number - jnp.sum(above)
 
@@ -53,18 +57,13 @@ def largest(x: jax.Array, number: jax.typing.ArrayLike) -> jax.Array:
     return above | among_first(end)
 
 
-def _pattern_dtype(dtype: Any) -> Any:
-    return jnp.dtype(f"uint{jnp.dtype(dtype).itemsize * 8}")
-
-
 def _patterns(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, _pattern_dtype(x.dtype))
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{x.dtype.itemsize * 8}"))
 
 
-def _last_pattern(holds: Callable[[jax.Array], jax.Array], dtype: Any) -> jax.Array:
-    """`_last` among the patterns of floats >= 0 of `dtype`: their sign bit is 0."""
-    unsigned = _pattern_dtype(dtype)
-    return _last(holds, unsigned, unsigned.itemsize * 8 - 1)
+def _num_bits(x: jax.Array) -> int:
+    """Of the patterns of `x`: the sign bit of floats >= 0 is 0."""
+    return x.dtype.itemsize * 8 - 1
 
 
 def _last(holds: Callable[[jax.Array], jax.Array], dtype: Any, bits: int) -> jax.Array:
