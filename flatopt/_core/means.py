@@ -10,13 +10,21 @@ from flatopt._core import tree_math
 
 
 def zeros(params: optax.Params, dtype: Any = None) -> optax.Params:
-    """A mean of no models: zeros in `dtype`, or in float32 or wider; it lies as `params` lie."""
+    """A mean of no models: zeros in `dtype`, or in float32 or wider; it lies as `params` lie.
+
+    A real `dtype` stands for its complex counterpart where parameters are complex. What no mean can
+    be taken of, such as counters and random keys, is kept as it is.
+    """
 
     def leaf(param: Any) -> jax.Array:
         own = jnp.result_type(param)
-        inexact = jnp.issubdtype(own, jnp.inexact)
+        if not jnp.issubdtype(own, jnp.inexact):
+            return jnp.array(param, copy=True)
+        if dtype is None:
+            return jnp.zeros_like(param, tree_math.accumulator_dtype(own))
+        is_complex = jnp.issubdtype(own, jnp.complexfloating)
         return jnp.zeros_like(
-            param, dtype if dtype is not None and inexact else tree_math.accumulator_dtype(own)
+            param, jnp.promote_types(dtype, jnp.complex64) if is_complex else dtype
         )
 
     return jax.tree.map(leaf, params)
@@ -24,9 +32,14 @@ def zeros(params: optax.Params, dtype: Any = None) -> optax.Params:
 
 def copy(params: optax.Params) -> optax.Params:
     """The parameters themselves in float32 or wider, in memory of their own."""
-    return jax.tree.map(
-        lambda p: jnp.array(p, tree_math.accumulator_dtype(jnp.result_type(p)), copy=True), params
-    )
+
+    def leaf(param: Any) -> jax.Array:
+        own = jnp.result_type(param)
+        if not jnp.issubdtype(own, jnp.inexact):
+            return jnp.array(param, copy=True)
+        return jnp.array(param, tree_math.accumulator_dtype(own), copy=True)
+
+    return jax.tree.map(leaf, params)
 
 
 def towards(mean: optax.Params, params: optax.Params, share: jax.typing.ArrayLike) -> optax.Params:
@@ -46,7 +59,10 @@ def evaluated(mean: optax.Params, params: optax.Params, begun: Any = True) -> op
     def leaf(param: jax.Array, mean: Any) -> jax.Array:
         if tree_math.is_masked(mean):
             return param
-        return jnp.where(begun, mean.astype(param.dtype), param)
+        own = jnp.result_type(param)
+        # A random key has no other dtype, and none of its own numbers.
+        mean = mean if mean.dtype == own else mean.astype(own)
+        return jnp.where(begun, mean, param)
 
     return jax.tree.map(leaf, params, tree_math.merge_masked([mean], params))
 

@@ -14,26 +14,76 @@ KeyLike = Any  # An int seed, a typed key, or raw uint32 key data.
 
 def as_key(key: KeyLike) -> jax.Array:
     """`key` as a typed key."""
+    check_key(key)
     # An array too: `optax.inject_hyperparams` makes one of every number.
     if jnp.ndim(key) == 0 and jnp.issubdtype(jnp.result_type(key), jnp.integer):
         return jax.random.key(key)
-    if jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
-        return key
-    if jnp.result_type(key) != jnp.uint32:
+    return key if _is_typed(key) else _wrap_raw(key)
+
+
+class Stream:
+    """Where a stage's random draws come from; its state is raw key data.
+
+    Made in the factory, which must not touch the devices yet: a program may still be about to set
+    them up. Raw data does not say to which generator it belongs, so the stream knows.
+    """
+
+    def __init__(self, key: KeyLike) -> None:
+        """Takes an int seed, a typed key, or raw uint32 key data."""
+        check_key(key)
+        self._key = key
+
+    def init(self) -> jax.Array:
+        """Raw uint32 data of the key, in a buffer of its own."""
+        return jnp.array(jax.random.key_data(as_key(self._key)))
+
+    def split(self, data: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """New key data to keep, and a typed key to use now."""
+        keep, use = jax.random.split(self._wrap(data))
+        return jax.random.key_data(keep), use
+
+    def _wrap(self, data: jax.Array) -> jax.Array:
+        if _is_typed(self._key):
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(self._key))
+        return _wrap_raw(data)
+
+
+def check_key(key: KeyLike) -> None:
+    """Raises unless `key` is an int seed, a typed key, or raw uint32 key data."""
+    try:
+        dtype = jnp.result_type(key)
+    except TypeError:
+        dtype = None
+    is_seed = dtype is not None and jnp.ndim(key) == 0 and jnp.issubdtype(dtype, jnp.integer)
+    if not is_seed and not _is_typed(key) and dtype != jnp.uint32:
         raise ValueError(
             f"key={key!r} must be an int seed, a key from jax.random.key, or its uint32 key data."
         )
-    return jax.random.wrap_key_data(key)
+
+
+def _is_typed(key: KeyLike) -> bool:
+    return hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+
+
+def _wrap_raw(data: jax.Array) -> jax.Array:
+    """A typed key from raw data: of the default generator if it fits, else of the one it fits."""
+    default = str(jax.random.key_impl(jax.random.key(0)))
+    lengths = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}
+    length = jnp.shape(data)[-1]
+    fits = lengths.get(default, length) == length
+    return jax.random.wrap_key_data(
+        data, impl=default if fits else {2: "threefry2x32", 4: "rbg"}.get(length)
+    )
 
 
 def key_data(key: KeyLike) -> jax.Array:
     """Raw uint32 data of `key`, in a buffer of its own."""
-    return jnp.array(jax.random.key_data(as_key(key)))
+    return Stream(key).init()
 
 
 def split(data: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """New key data to keep, and a typed key to use now."""
-    keep, use = jax.random.split(jax.random.wrap_key_data(data))
+    """New key data to keep, and a typed key to use now, for raw data without a stream."""
+    keep, use = jax.random.split(_wrap_raw(data))
     return jax.random.key_data(keep), use
 
 

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,11 @@ import optax
 # leaves that are joined at once.
 JOINED_SIZE = 2**14
 JOINED_NUMBER = 32
+# Sums of squares in float32 lose nothing between these; entries times one of the scales, by which
+# larger and smaller ones are multiplied, have squares there. The powers of two keep every bit.
+SMALLEST_SQUARE, LARGEST_SQUARE = 2.0**-96, 2.0**127
+SCALES = 2.0**-90, 2.0**90
+
 EPSILON = 1e-12  # Guards every division by a norm; the value of the SAM reference implementations.
 
 
@@ -32,26 +37,56 @@ def vdot(tree: Any, other: Any) -> jax.Array:
     """Real part of the inner product, summed in `scalar_dtype`.
 
     Unlike `optax.tree.vdot` it does not overflow in float16, and products are taken elementwise:
-    a dot product would be rounded to bfloat16 or TF32 on accelerators by default.
+    a dot product would be rounded to bfloat16 or TF32 on accelerators by default. Integers, keys
+    and other leaves that no gradient moves do not count.
     """
-    dtype = scalar_dtype(tree)
-    x = jax.tree.leaves(tree)
-    y = x if other is tree else jax.tree.leaves(jax.tree.map(lambda _, leaf: leaf, tree, other))
+    x = _inexact_leaves(tree)
+    if other is tree:
+        return _sum_of_products(x, x)
+    pairs = jax.tree.leaves(jax.tree.map(_Pair, tree, other), is_leaf=_is_pair)
+    return _sum_of_products(x, [pair.second for pair in pairs if _is_inexact(pair.first)])
+
+
+def norm(tree: Any) -> jax.Array:
+    """The global Euclidean norm over all leaves, in `scalar_dtype`.
+
+    It neither overflows nor underflows where the entries themselves do not: where the plain sum of
+    squares leaves the middle of the range, it is taken once more of entries scaled by a power of
+    two. Elsewhere that costs nothing, and no bit changes.
+    """
+    leaves = _inexact_leaves(tree)
+    square = _sum_of_products(leaves, leaves)
+    if square.dtype != jnp.float32:
+        return jnp.sqrt(square)
+
+    def scaled() -> jax.Array:
+        factor = jnp.where(square > 1, *SCALES)
+        halves = [x.astype(accumulator_dtype(x.dtype)) * factor for x in leaves]
+        return jnp.sqrt(_sum_of_products(halves, halves)) / factor
+
+    is_plain = (square > SMALLEST_SQUARE) & (square < LARGEST_SQUARE)
+    return jax.lax.cond(is_plain, lambda: jnp.sqrt(square), scaled)
+
+
+def _sum_of_products(x: list[jax.Array], y: list[jax.Array]) -> jax.Array:
+    dtype = scalar_dtype(x)
     total = jnp.zeros([], dtype)
-    # To be joined, they would have to lie the same way along mesh axes that are explicit.
-    spread = [
-        any(any(jax.typeof(z).sharding.spec) for z in pair) for pair in zip(x, y, strict=True)
-    ]
-    for group in groups(x, alone=[i for i, is_spread in enumerate(spread) if is_spread]):
+    # Joined, leaves that are spread over devices would have to be gathered first.
+    alone = [i for i, pair in enumerate(zip(x, y, strict=True)) if any(map(is_on_mesh, pair))]
+    for group in groups(x, alone=alone):
         left = _join(x, group)
         right = left if y is x else _join(y, group)
         total += jnp.sum((left.conj() * right).real, dtype=dtype)
     return total
 
 
-def norm(tree: Any) -> jax.Array:
-    """The global Euclidean norm over all leaves, in `scalar_dtype`."""
-    return jnp.sqrt(vdot(tree, tree))
+class _Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+def _is_pair(node: Any) -> bool:
+    return isinstance(node, _Pair)
 
 
 def ratio_or_zero(numerator: Any, denominator: jax.Array) -> jax.Array:
@@ -85,13 +120,30 @@ def replicate(x: jax.Array) -> jax.Array:
     return x
 
 
+def is_on_mesh(x: jax.Array) -> bool:
+    """Whether `x` lies on a mesh whose axes the compiler or the type assigns, not the program."""
+    mesh = jax.typeof(x).sharding.mesh
+    return not mesh.empty and not mesh.are_all_axes_manual
+
+
 def apply_if(predicate: jax.Array, function: Callable[[Any], Any], carry: Any) -> Any:
-    """`function(carry)`, which must look like `carry`, where `predicate` holds; else `carry`.
+    """`function(carry)` in the dtypes of `carry` where `predicate` holds; else `carry`.
 
     A loop of one turn or none: XLA lets `carry` stay where it is, while `jax.lax.cond` copies what
     its branches hand through. The price: under `jax.jit` it has no reverse-mode derivative.
     """
-    return jax.lax.fori_loop(0, predicate.astype(jnp.int32), lambda _, c: function(c), carry)
+
+    def turn(_: Any, carry: Any) -> Any:
+        # A state takes the dtype of the gradients at its first update, whoever makes it.
+        return jax.tree.map(as_dtype_of, function(carry), carry)
+
+    carry = jax.tree.map(jnp.asarray, carry)
+    return jax.lax.fori_loop(0, predicate.astype(jnp.int32), turn, carry)
+
+
+def as_dtype_of(x: Any, like: jax.Array) -> jax.Array:
+    """`x` in the dtype of `like`."""
+    return jnp.asarray(x) if jnp.result_type(x) == like.dtype else jnp.asarray(x, like.dtype)
 
 
 def groups(leaves: list[jax.Array], alone: Collection[int] = ()) -> list[list[int]]:
@@ -139,8 +191,12 @@ def is_masked(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
 
 
+def _is_inexact(x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
 def _inexact_leaves(tree: Any) -> list[jax.Array]:
-    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    return [jnp.asarray(x) for x in jax.tree.leaves(tree) if _is_inexact(x)]
 
 
 def _join(leaves: list[jax.Array], group: list[int]) -> jax.Array:
