@@ -11,22 +11,12 @@ from flatopt._core import tree_math
 
 def zeros(params: optax.Params, dtype: Any = None) -> optax.Params:
     """A mean of no models: zeros in `dtype`, or in float32 or wider; it lies as `params` lie."""
-
-    def leaf(param: Any) -> jax.Array:
-        own = jnp.result_type(param)
-        inexact = jnp.issubdtype(own, jnp.inexact)
-        return jnp.zeros_like(
-            param, dtype if dtype is not None and inexact else tree_math.accumulator_dtype(own)
-        )
-
-    return jax.tree.map(leaf, params)
+    return jax.tree.map(lambda p: jnp.zeros_like(p, _dtype(p, dtype)), params)
 
 
-def copy(params: optax.Params) -> optax.Params:
-    """The parameters themselves in float32 or wider, in memory of their own."""
-    return jax.tree.map(
-        lambda p: jnp.array(p, tree_math.accumulator_dtype(jnp.result_type(p)), copy=True), params
-    )
+def copy(params: optax.Params, dtype: Any = None) -> optax.Params:
+    """The parameters in `dtype`, or in float32 or wider, in memory of their own."""
+    return jax.tree.map(lambda p: jnp.array(p, _dtype(p, dtype), copy=True), params)
 
 
 def towards(mean: optax.Params, params: optax.Params, share: jax.typing.ArrayLike) -> optax.Params:
@@ -73,3 +63,10 @@ def landed(target: optax.Params, params: optax.Params, updates: optax.Updates) -
         return param + update if same and jnp.issubdtype(target.dtype, jnp.inexact) else target
 
     return jax.tree.map(leaf, target, params, updates)
+
+
+def _dtype(param: Any, dtype: Any) -> Any:
+    """What a mean of `param` is kept in: integers stay as they are."""
+    own = jnp.result_type(param)
+    asked = dtype is not None and jnp.issubdtype(own, jnp.inexact)
+    return dtype if asked else tree_math.accumulator_dtype(own)

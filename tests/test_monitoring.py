@@ -71,7 +71,7 @@ def test_sharpness_hands_the_combiner_both_gradients():
 
     difference = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
     ascent = flatopt.scale_to_norm(0.1)
-    stage = flatopt.gradient_at(ascent, combiner=flatopt.record_sharpness(ascent, difference))
+    stage = flatopt.gradient_at(ascent, combiner=flatopt.record_sharpness(ascent, combiner=difference))
     params = problem.params(dtype=jnp.float32)
     clean = GRAD_FN(params)
     updates, _ = stage.update(clean, stage.init(params), params, grad_fn=GRAD_FN)
