@@ -2,7 +2,7 @@
 
 running_mean             mechanism: the stage behind every running mean, and its state
 ring                     mechanism: the latest few trees, stacked along a new leading axis
-swa                      Izmailov et al., arXiv:1803.05407: the mean of all models; its learning rate
+swa                      Izmailov et al., arXiv:1803.05407: the mean of all models; its schedule
 params_ema               Polyak, Juditsky 1992: the mean that forgets, debiased or warmed up
 power_ema                Karras et al., arXiv:2312.02696: the mean whose memory grows with the run
 lawa                     Kaddour, arXiv:2209.14981: the mean of the latest few models
