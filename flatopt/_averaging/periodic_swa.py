@@ -41,12 +41,13 @@ def take_in(mean: optax.Params, params: optax.Params, number: jax.Array) -> opta
     return optax.tree.where(number == 1, optax.tree.cast_like(params, mean), moved)
 
 
-def ends_period(since: jax.Array, period: int | Sequence[int]) -> jax.Array:
-    """Whether a period ends `since` updates after the first began."""
-    if isinstance(period, int):
-        return (since % period == 0) if period <= LAST else jnp.zeros([], bool)
-    ends = [end for end in itertools.accumulate(period) if end <= LAST]
-    return jnp.isin(since, jnp.array(ends, jnp.int32))
+def ends_period(step: jax.Array, begin: int, period: int | Sequence[int]) -> jax.Array:
+    """Whether a period ends with `step` updates made, where the first began with `begin`."""
+    if isinstance(period, int) and period <= LAST:
+        return (step - begin % period) % period == 0
+    lengths = [period] if isinstance(period, int) else period
+    ends = [begin + end for end in itertools.accumulate(lengths) if begin + end <= LAST]
+    return jnp.isin(step, jnp.array(ends, jnp.int32))
 
 
 def periodic_swa(
@@ -111,7 +112,7 @@ def periodic_swa(
         updates, inner_state = optimizer.update(updates, state.inner_state, params, **extra_args)
 
         due = when.is_due(step)
-        again = due & ends_period(step - when.begin, period)
+        again = due & ends_period(step, when.begin, period)
         if stop is not None:
             again &= step <= min(stop, LAST)
         number = jnp.where(due, optax.safe_increment(state.number), state.number)
