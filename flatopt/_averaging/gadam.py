@@ -14,13 +14,13 @@ class PadamState(NamedTuple):
     """State of the partially adaptive step of `gadamx`.
 
     Attributes:
-      count: int32 scalar, number of updates so far.
+      step: int32 scalar, number of updates so far.
       mu: tree like the parameters, decaying mean of the gradients.
       nu: tree like the parameters, decaying mean of their squares.
       nu_max: tree like the parameters, the largest value that each entry of `nu` has had.
     """
 
-    count: jax.Array
+    step: jax.Array
     mu: optax.Updates
     nu: optax.Updates
     nu_max: optax.Updates
@@ -30,17 +30,17 @@ def padam_step(
     grads: optax.Updates, state: PadamState, *, b1: float, b2: float, eps: float, partial: float
 ) -> tuple[optax.Updates, PadamState]:
     r"""Padam's direction, Adam's mean over :math:`(\sqrt{\bar v_t} + \epsilon)^{2p}`."""
-    count = optax.safe_increment(state.count)
+    step = optax.safe_increment(state.step)
     mu = optax.tree.update_moment(grads, state.mu, b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
-    correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+    correction = jnp.sqrt(1 - b2**step) / (1 - b1**step)
     nu_max = jax.tree.map(jnp.maximum, state.nu_max, optax.tree.cast_like(nu, state.nu))
 
     def leaf(m: jax.Array, v: jax.Array) -> jax.Array:
         return (correction * (m / (jnp.sqrt(v) + eps) ** (2 * partial))).astype(m.dtype)
 
     kept = (optax.tree.cast_like(mu, state.mu), optax.tree.cast_like(nu, state.nu), nu_max)
-    return jax.tree.map(leaf, mu, nu_max), PadamState(count, *kept)
+    return jax.tree.map(leaf, mu, nu_max), PadamState(step, *kept)
 
 
 def gadam(
