@@ -14,13 +14,13 @@ class PadamState(NamedTuple):
     """State of the partially adaptive step of `gadamx`.
 
     Attributes:
-      step: int32 scalar, number of updates so far.
+      t: int32 scalar, number of updates so far, which corrects the bias of the means.
       mu: tree like the parameters, decaying mean of the gradients.
       nu: tree like the parameters, decaying mean of their squares.
       nu_max: tree like the parameters, the largest value that each entry of `nu` has had.
     """
 
-    step: jax.Array
+    t: jax.Array
     mu: optax.Updates
     nu: optax.Updates
     nu_max: optax.Updates
@@ -30,17 +30,17 @@ def padam_step(
     grads: optax.Updates, state: PadamState, *, b1: float, b2: float, eps: float, partial: float
 ) -> tuple[optax.Updates, PadamState]:
     r"""Padam's direction, Adam's mean over :math:`(\sqrt{\bar v_t} + \epsilon)^{2p}`."""
-    step = optax.safe_increment(state.step)
+    t = optax.safe_increment(state.t)
     mu = optax.tree.update_moment(grads, state.mu, b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
-    correction = jnp.sqrt(1 - b2**step) / (1 - b1**step)
+    correction = jnp.sqrt(1 - b2**t) / (1 - b1**t)
     nu_max = jax.tree.map(jnp.maximum, state.nu_max, optax.tree.cast_like(nu, state.nu))
 
     def leaf(m: jax.Array, v: jax.Array) -> jax.Array:
         return (correction * (m / (jnp.sqrt(v) + eps) ** (2 * partial))).astype(m.dtype)
 
     kept = (optax.tree.cast_like(mu, state.mu), optax.tree.cast_like(nu, state.nu), nu_max)
-    return jax.tree.map(leaf, mu, nu_max), PadamState(step, *kept)
+    return jax.tree.map(leaf, mu, nu_max), PadamState(t, *kept)
 
 
 def gadam(

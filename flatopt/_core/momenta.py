@@ -18,7 +18,7 @@ NAMES |= {"weights_memory"}
 # What belongs to a momentum beside it, and starts anew with it: counts that correct its bias, the
 # loss averaged along with it, the point that a sum of gradients or a difference is measured from.
 COMPANIONS = frozenset({"count", "t", "count_m2", "barf", "gamma", "s", "x0", "is_initial_step"})
-COMPANIONS |= {"params", "updates", "step"}
+COMPANIONS |= {"params", "updates"}
 # Fields by which a state holds that of another optimiser: its other fields tune that optimiser.
 WRAPS = frozenset({"base_optimizer_state"})
 

@@ -187,6 +187,16 @@ def test_a_direction_that_a_stage_remembers_is_no_momentum(wrap: Any):
     assert not any(x.any() for x in jax.tree.leaves(state.inner_state[1][0].trace))
 
 
+def test_a_schedule_counted_beside_a_momentum_goes_on():
+    """A step of flatopt counts its schedules by `step`, and the bias of its momenta never so."""
+    tx = flatopt.entropy_sgd(0.1, 2, 0.01)
+    params, state = cases.run(tx, steps=3)
+    renewed = momenta.reset(state, tx.init(params), params)
+    steps = [s.step for s in _named(renewed) if "trace" in s._fields and "step" in s._fields]
+    assert steps
+    assert all(step == 3 for step in steps)
+
+
 class Gaussian(NamedTuple):
     """Parameters with the name of a momentum."""
 
