@@ -118,8 +118,7 @@ def record_sharpness(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps SAM's sharpness, from the two gradients that SAM has anyway; exact on a quadratic.
 
-    .. math:: L(w + \epsilon) - L(w) \approx
-      \tfrac12 \, \epsilon \cdot \big( \nabla L(w) + \nabla L(w + \epsilon) \big)
+    .. math:: L(w + \epsilon) - L(w) \approx \tfrac12 \, \epsilon^\top (g(w) + g(w + \epsilon))
 
     Args:
       perturbation: that of the `gradient_at`, of one step, in which this stands as combiner.
@@ -139,8 +138,7 @@ def record_sharpness(
       0.5050
 
     References:
-      Foret, Kleiner, Mobahi, Neyshabur. Sharpness-Aware Minimization for Efficiently Improving
-      Generalization. arXiv:2010.01412
+      As for `sam`.
 
     Cost: 0 extra gradients; 0 copies (+1 temporary), and a second state of the perturbation.
     """

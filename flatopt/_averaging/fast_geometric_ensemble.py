@@ -67,8 +67,7 @@ def fast_geometric_ensemble(
       loss_fn: scalar loss, called as `loss_fn(params, *batch)`.
       params: where to start: the weights of a run that is four fifths or so done.
       batches: the arguments of `loss_fn` after the parameters; the steps in front of every array.
-      period: number of updates in a cycle, >= 2; two to four epochs, say. Static.
-      max_learning_rate, min_learning_rate: the rate at the ends of a cycle and in its middle.
+      period, max_learning_rate, min_learning_rate: of a cycle; see `cyclic_triangle_schedule`.
       make_optimizer: from the schedule to an optimiser; None: SGD with momentum 0.9. Static.
 
     Returns:
@@ -76,15 +75,13 @@ def fast_geometric_ensemble(
 
     Examples:
       >>> import jax.numpy as jnp, flatopt
-      >>> stack = flatopt.fast_geometric_ensemble(
-      ...     lambda w, x: (w - x) ** 2, jnp.array(0.0), (jnp.arange(8.0),),
-      ...     period=4, max_learning_rate=0.2, min_learning_rate=0.1)
+      >>> stack = flatopt.fast_geometric_ensemble(lambda w, x: (w - x) ** 2, jnp.array(0.0),
+      ...     (jnp.arange(8.0),), period=4, max_learning_rate=0.2, min_learning_rate=0.1)
       >>> print(stack.shape)
       (2,)
 
     References:
-      Garipov, Izmailov, Podoprikhin, Vetrov, Wilson. Loss Surfaces, Mode Connectivity, and Fast
-      Ensembling of DNNs. arXiv:1802.10026
+      Garipov et al. Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs. arXiv:1802.10026
 
     Cost: 1 gradient a step; a copy for each model; all batches lie in memory at once.
     """

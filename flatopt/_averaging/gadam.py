@@ -60,8 +60,7 @@ def gadam(
 
     Args:
       learning_rate: :math:`\eta`, >= 0: a number, a traced array, or a schedule of the step count.
-      b1, b2: decay of the mean gradient and of the mean squared gradient, in [0, 1).
-      eps: :math:`\epsilon`, >= 0.
+      b1, b2, eps: Adam's decays, in [0, 1), and :math:`\epsilon`, >= 0.
       weight_decay: :math:`\lambda`, >= 0, decoupled: a number, a traced array, or a schedule.
       start, every, accumulator_dtype: of the mean; see `swa`. The authors take it once an epoch.
 
@@ -105,10 +104,9 @@ def gadamx(
       m_t \big/ (\sqrt{\bar v_t} + \epsilon)^{2p}, \qquad \bar v_t = \max(\bar v_{t-1}, v_t)
 
     Args:
-      learning_rate, b1, b2, weight_decay: as for `gadam`; with a small p, :math:`\eta` as for SGD.
+      learning_rate, b1, b2, weight_decay, start, every, accumulator_dtype: as for `gadam`.
       eps: :math:`\epsilon`, >= 0. Unlike in `optax.adam`, it is added before bias correction.
       partial: p, in [0, 1/2]: 1/2 is AMSGrad, 0 is SGD with momentum (and a bias correction).
-      start, every, accumulator_dtype: of the mean; see `swa`.
 
     Returns:
       A whole optimiser; needs `params`. The mean is `flatopt.eval_params(opt_state, params)`.

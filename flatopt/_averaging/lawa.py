@@ -58,8 +58,7 @@ def lawa(
 
     Args:
       window: how many models the mean takes in, >= 1. Static.
-      start, every: when a model is taken; see `swa`.
-      accumulator_dtype: of the models that are kept; None: the parameters' own. Static.
+      start, every, accumulator_dtype: see `swa`; None keeps models in the parameters' dtypes.
 
     Returns:
       A stage to be chained last, as `swa`; needs `params`. The mean is summed in float32 at least.

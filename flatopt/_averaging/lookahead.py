@@ -53,13 +53,10 @@ def lookahead(
     Args:
       optimizer: any optax transformation; it moves the fast weights w, which are the parameters.
       every: k, fast steps between two synchronisations, >= 1; None is 5. Static.
-      slow_step_size: :math:`\alpha`, in [0, 1]: a number, a traced array, or a schedule of the step
-        count. With the number 1 the parameters move as under `optimizer` alone, bit for bit.
+      slow_step_size: :math:`\alpha`, in [0, 1]: a number, a traced array, or a schedule.
       reset_state: whether the inner momenta then start anew; its schedules go on. Static.
       pull_back: whether the momenta are synchronised as the weights are. Static.
-      start: updates before the first synchronisation; None and 0 are `every`. Until `start - every`
-        the slow weights are the fast ones. Static.
-      accumulator_dtype: of the slow weights; see `swa`.
+      start, accumulator_dtype: see `swa`; until `start - every` the slow weights are the fast ones.
 
     Returns:
       A wrapper to be outermost; needs `params`. Evaluate at `eval_params(opt_state, params)`.
@@ -116,18 +113,27 @@ def lookahead(
             landed = means.landed(target, params, moves)
         slow = optax.tree.where(due, landed, slow)
 
-        def pull(momentum: tuple[optax.OptState, optax.OptState]) -> tuple[Any, Any]:
-            pulled = momenta.towards(*momentum, 1 - alpha, params)
-            return pulled, pulled
-
-        def reset(inner_state: optax.OptState) -> optax.OptState:
-            fresh = optimizer.init(optax.tree.cast_like(slow, params))
-            return momenta.reset(inner_state, fresh, params)
-
         if pull_back:
-            inner_state, slow_state = tree_math.apply_if(due, pull, (inner_state, slow_state))
+            inner_state, slow_state = _pull_back(due, inner_state, slow_state, alpha, params)
         if reset_state:
-            inner_state = tree_math.apply_if(due, reset, inner_state)
+            landing = optax.tree.cast_like(slow, params)
+            inner_state = _reset(due, inner_state, optimizer.init(landing), params)
         return moves, LookaheadState(step, inner_state, slow, slow_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _pull_back(
+    due: jax.Array, fast: optax.OptState, slow: optax.OptState, alpha: Any, params: Any
+) -> tuple[optax.OptState, optax.OptState]:
+    """The momenta meet as the weights do, if it is `due`."""
+
+    def meet(carry: tuple[optax.OptState, optax.OptState]) -> tuple[Any, Any]:
+        met = momenta.towards(*carry, 1 - alpha, params)
+        return met, met
+
+    return tree_math.apply_if(due, meet, (fast, slow))
+
+
+def _reset(due: jax.Array, state: optax.OptState, fresh: optax.OptState, params: Any) -> Any:
+    return tree_math.apply_if(due, lambda own: momenta.reset(own, fresh, params), state)

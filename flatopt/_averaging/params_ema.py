@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights (Polyak, Juditsky 1992), debiased or warmed up."""
+"""Exponential mean of the weights (Polyak, Juditsky 1992), debiased as Adam's (arXiv:1412.6980)."""
 
 from typing import Any
 
@@ -42,8 +42,7 @@ def params_ema(
 
     Args:
       decay: d, in [0, 1): a number, a traced array, or a schedule of the step count.
-      debias: True: from zero, divided by the weights' sum, :math:`1 - d^n` for constant d. False:
-        from the first weights, which keep a share of :math:`d^{n-1}`, as in PyTorch. Static.
+      debias: divide by the shares' sum, :math:`1 - d^n`; else begin at the first weights. Static.
       warmup_steps: k >= 1: decay :math:`\min(d, (1 + n) / (k + n))` after n models. Static.
       start, every, accumulator_dtype: when it acts, in what it adds up; see `swa`.
 
@@ -59,8 +58,7 @@ def params_ema(
       1.6667
 
     References:
-      Polyak, Juditsky. Acceleration of Stochastic Approximation by Averaging. SIAM Journal on
-      Control and Optimization 30(4), 1992. Debiasing: Kingma, Ba. arXiv:1412.6980
+      Polyak, Juditsky. Acceleration of Stochastic Approximation by Averaging. SICON 30(4), 1992.
 
     Cost: 0 extra gradients; 1 copy.
     """

@@ -61,15 +61,12 @@ def periodic_swa(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages the weights over a period, starts again from the average, and so on.
 
-    .. math:: \bar w \leftarrow \bar w + (w_t - \bar w) / n, \qquad
-      w_t \leftarrow \bar w \text{ at the end of a period}
+    .. math:: \bar w \leftarrow \bar w + (w_t - \bar w) / n, \; \text{then } w_t \leftarrow \bar w
 
     Args:
       optimizer: any optax transformation; its momenta start anew at a restart, schedules go on.
-      period: number of updates in a period, >= 1, a multiple of `every`; or one number for each
-        period, with no restart after the last of them. Static.
-      start, every: when a model enters the mean; see `swa`. The first period begins with
-        `start - every` updates made.
+      period: its length in updates, a multiple of `every`; or the lengths of all periods. Static.
+      start, every: when a model enters; see `swa`. The first period begins after `start - every`.
       stop: updates made when the last restart may come, >= 0; None: restarts go on. Static.
       accumulator_dtype: of the mean; see `swa`.
 
@@ -78,13 +75,10 @@ def periodic_swa(
 
     Examples:
       >>> import jax.numpy as jnp, optax, flatopt
-      >>> tx, w = flatopt.periodic_swa(optax.sgd(1.0), period=3), jnp.array(0.0)
-      >>> opt_state = tx.init(w)
-      >>> for _ in range(3):  # the weights are 1, 2, 3, and start again from their mean
-      ...     updates, opt_state = tx.update(jnp.array(-1.0), opt_state, w)
-      ...     w = optax.apply_updates(w, updates)
-      >>> print(w)
-      2.0
+      >>> tx, w = flatopt.periodic_swa(optax.sgd(1.0), period=2), jnp.array(0.0)
+      >>> updates, opt_state = tx.update(jnp.array(-1.0), tx.init(w), w)  # to 1
+      >>> print(tx.update(jnp.array(-1.0), opt_state, w + updates)[0])  # to 2, and back to 1.5
+      0.5
 
     References:
       Guo, Jin, Liu. Stochastic Weight Averaging Revisited. arXiv:2201.00519

@@ -28,9 +28,8 @@ def power_ema(
     .. math:: \bar w_n = d_n \bar w_{n-1} + (1 - d_n) w_t, \qquad d_n = (1 - 1/n)^{\gamma + 1}
 
     Args:
-      exponent: :math:`\gamma`, >= 0: a number, a traced array, or a schedule of the step count.
-        Model i of n has a share of about :math:`(\gamma + 1) \, i^\gamma / n^{\gamma + 1}`: 0 is
-        `swa`, with 6.94 they spread over about a tenth of the run, with 16.97 over a twentieth.
+      exponent: :math:`\gamma`, >= 0: a number, a traced array, or a schedule. 0 is `swa`; with 6.94
+        the shares spread over about a tenth of the run, with 16.97 over a twentieth.
       start, every, accumulator_dtype: when it acts, in what it adds up; see `swa`.
 
     Returns:

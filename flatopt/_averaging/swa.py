@@ -26,22 +26,20 @@ def swa(
     .. math:: \bar w_n = \bar w_{n-1} + (w_t - \bar w_{n-1}) / n
 
     Args:
-      start, every: the weights enter after `start`, `start + every`, ... updates; None and 0 mean
-        `every` for `start`, and None means 1 for `every`. Static.
+      start: number of updates after which it first acts; None and 0 are `every`. Static.
+      every: its period from there on, in updates, >= 1; None is 1. Static.
       accumulator_dtype: of the mean; None: float32, or wider where the parameters are. Static.
 
     Returns:
-      A stage to be chained last. It hands updates on unchanged, and needs `params`. The mean is
-      `flatopt.eval_params(opt_state, params)`.
+      A stage to be chained last; needs `params`. The mean is `eval_params(opt_state, params)`.
 
     Examples:
       >>> import jax.numpy as jnp, flatopt
-      >>> stage, zero = flatopt.swa(start=2), jnp.array(0.0)
-      >>> state = stage.init(zero)
-      >>> for w in jnp.array([1.0, 2.0, 3.0]):  # the weights after each update
-      ...     _, state = stage.update(zero, state, w)
-      >>> print(flatopt.eval_params(state, w))
-      2.5
+      >>> stage, zero = flatopt.swa(), jnp.array(0.0)
+      >>> _, state = stage.update(zero, stage.init(zero), jnp.array(1.0))
+      >>> _, state = stage.update(zero, state, jnp.array(3.0))
+      >>> print(flatopt.eval_params(state, jnp.array(3.0)))
+      2.0
 
     References:
       Izmailov, Podoprikhin, Garipov, Vetrov, Wilson. Averaging Weights Leads to Wider Optima and

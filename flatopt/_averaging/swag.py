@@ -95,12 +95,10 @@ def swag(
 ) -> optax.GradientTransformationExtraArgs:
     r"""SWA-Gaussian: SWA's mean, and the spread of the weights around it.
 
-    .. math:: \Sigma = \frac12 \mathrm{diag}\Big(\frac1n \sum_i w_i^2 - \bar w^2\Big)
-      + \frac{1}{2 (K - 1)} \sum_{i > n - K} (w_i - \bar w_i) (w_i - \bar w_i)^\top
+    .. math:: \Sigma = \tfrac12 \mathrm{diag}(\overline{w^2} - \bar w^2) + D D^\top / (2 (K - 1))
 
     Args:
-      rank: K, how many of the latest deviations to keep, >= 2; :math:`\bar w_i` is the mean of the
-        first i models, and while n is smaller than K it stands for K. Static.
+      rank: K, how many of the latest deviations, columns of D, to keep, >= 2. Static.
       start, every, accumulator_dtype: when a model enters, in what it adds up; see `swa`.
 
     Returns:
@@ -157,8 +155,7 @@ def sample_params(
 ) -> optax.Params:
     r"""Draws weights from the Gaussian of `swag`.
 
-    .. math:: w = \bar w + \sqrt{s} \, \Big( \tfrac{1}{\sqrt 2} \sigma \odot z_1
-      + \tfrac{1}{\sqrt{2 (K - 1)}} D z_2 \Big), \qquad z_1, z_2 \sim N(0, 1)
+    .. math:: w = \bar w + \sqrt s \, \big(\sigma z_1 / \sqrt 2 + D z_2 / \sqrt{2 (K - 1)}\big)
 
     Args:
       opt_state: state of any optax optimiser with one `swag` stage anywhere in it.
