@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import flatopt
+from flatopt._averaging.lookahead import synchronise
 from tests import cases
 from tests.averaging.feed import noisy_run, sgd_variance
 from tests.replay import (
@@ -172,3 +173,19 @@ def test_lookahead_starts_its_slow_weights_late():
     fast, _ = cases.run(cases.sgd(), plain, steps=1, opt_state=plain_state, first=4)
     cases.assert_close(params, jax.tree.map(lambda a, b: (a + b) / 2, begun, fast))
     cases.assert_close(flatopt.eval_params(state, params), params)
+
+
+def test_slow_and_fast_weights_meet_a_share_of_the_way():
+    slow, fast = {"w": jnp.array([0.0, 4.0])}, {"w": jnp.array([2.0, 0.0])}
+    np.testing.assert_allclose(synchronise(slow, fast, 0.25)["w"], [0.5, 3.0])
+    cases.assert_equal(synchronise(slow, fast, 0.0), slow)
+    cases.assert_equal(synchronise(slow, fast, 1.0), fast)
+
+
+def test_a_pull_back_takes_the_momentum_half_of_the_way_to_the_last_one():
+    tx = flatopt.lookahead(cases.sgd(), every=2, slow_step_size=0.5, pull_back=True)
+    _, state = cases.run(tx, steps=2)
+    _, plain = cases.run(cases.sgd(), steps=2)
+    half = jax.tree.map(lambda m: m / 2, plain[0].trace)  # The first are pulled towards zero.
+    cases.assert_close(state.inner_state[0].trace, half)
+    cases.assert_equal(state.slow_state[0].trace, state.inner_state[0].trace)

@@ -261,3 +261,12 @@ def test_towards_goes_a_share_of_the_way(name: str):
             share = 0.75 if field in momenta.NAMES else 1  # Counts and schedules stay.
             expected = jax.tree.map(lambda x, share=share: share * x, mine)
             cases.assert_close(getattr(new, field), expected)
+
+
+def test_what_tunes_an_optimiser_around_it_goes_on():
+    tx = optax.contrib.mechanize(optax.sgd(0.1, momentum=0.9))
+    params, state = _trained(tx)
+    renewed = momenta.reset(state, tx.init(params), params)
+    for field in ("r", "m", "v", "s", "count"):
+        assert _same(getattr(renewed, field), getattr(state, field))
+    assert _same(optax.tree.get(renewed, "trace"), optax.tree.zeros_like(params))
