@@ -1,5 +1,6 @@
 """Lookahead (Zhang et al., arXiv:1907.08610): slow weights, to which fast ones come back."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -117,7 +118,7 @@ def lookahead(
             inner_state, slow_state = _pull_back(due, inner_state, slow_state, alpha, params)
         if reset_state:
             landing = optax.tree.cast_like(slow, params)
-            inner_state = _reset(due, inner_state, optimizer.init(landing), params)
+            inner_state = _reset(due, inner_state, optimizer.init, landing)
         return moves, LookaheadState(step, inner_state, slow, slow_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -135,5 +136,9 @@ def _pull_back(
     return tree_math.apply_if(due, meet, (fast, slow))
 
 
-def _reset(due: jax.Array, state: optax.OptState, fresh: optax.OptState, params: Any) -> Any:
-    return tree_math.apply_if(due, lambda own: momenta.reset(own, fresh, params), state)
+def _reset(
+    due: jax.Array, state: optax.OptState, init: Callable[[Any], Any], params: optax.Params
+) -> optax.OptState:
+    """The momenta start anew at `params`, if it is `due`."""
+    # The fresh state is made where it is needed, so that no zeros are kept elsewhere.
+    return tree_math.apply_if(due, lambda own: momenta.reset(own, init(params), params), state)
