@@ -144,7 +144,10 @@ def _pswa(setting: Setting) -> optax.GradientTransformation:
     epoch, start = setting.steps_per_epoch, setting.average_start
     # Four periods of whole epochs in what is left, as far as there are so many.
     period = max(1, (setting.steps - start) // (4 * epoch)) * epoch
-    return flatopt.periodic_swa(_sgd_for_averages(setting), period, start=start, every=epoch)
+    # The first period begins with `start` updates made, so its first model comes an epoch later.
+    return flatopt.periodic_swa(
+        _sgd_for_averages(setting), period, start=start + epoch, every=epoch
+    )
 
 
 def _gadam(setting: Setting) -> optax.GradientTransformation:

@@ -7,7 +7,6 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-import flatopt
 from flatopt.linen import recompute_batch_stats as linen_recompute
 from flatopt.nnx import recompute_batch_stats as nnx_recompute
 from tests import cases
@@ -154,15 +153,3 @@ def test_nnx_says_what_is_wrong():
         nnx_recompute(NnxModel(nnx.Rngs(0)), [])
     with pytest.raises(ValueError, match=r"no nnx\.BatchNorm"):
         nnx_recompute(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), BATCHES)
-
-
-def test_statistics_of_any_framework():
-    stats = [{"mean": jnp.full(2, float(i)), "count": jnp.array(i)} for i in range(3)]
-    weighted = flatopt.average_batch_stats(iter(stats), sizes=[1, 1, 2])
-    np.testing.assert_allclose(weighted["mean"], 1.25)
-    assert weighted["count"] == 2
-    half = flatopt.average_batch_stats([jnp.ones(2, jnp.bfloat16)] * 3)
-    assert half.dtype == jnp.bfloat16
-    for some, sizes in (([], []), (stats, [1, 2])):
-        with pytest.raises(ValueError, match="a size for each"):
-            flatopt.average_batch_stats(some, sizes)

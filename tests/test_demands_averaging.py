@@ -287,7 +287,7 @@ def test_swag_gives_a_mean_and_samples_around_it():
     mean = flatopt.eval_params(state, params)
     cases.assert_close(mean, flatopt.eval_params(swa_state, swa_params))
     keys = jax.random.split(jax.random.key(0), 4)
-    samples = jax.vmap(lambda key: flatopt.sample_params(state, key, params))(keys)
+    samples = jax.vmap(lambda key: flatopt.sample_params(state, key, params=params))(keys)
     assert samples["out"]["kernel"].shape == (4, 8, 2)
     assert _differ(samples["out"]["kernel"][0], samples["out"]["kernel"][1])
 

@@ -6,20 +6,16 @@ import re
 import pytest
 
 from tests import (
-    golden_averages,
     golden_curves,
     golden_entropy,
     golden_sam,
     golden_sam_family,
-    golden_slow_weights,
 )
 from tests.replay import FOLDER, OWN_FOLDER, Golden
 
 MOVING = (
     golden_sam.ADAPTERS
     | golden_sam_family.ADAPTERS
-    | golden_averages.ADAPTERS
-    | golden_slow_weights.ADAPTERS
     | golden_entropy.ADAPTERS
     | golden_curves.ADAPTERS
 )

@@ -1,4 +1,4 @@
-"""BatchNorm statistics for averaged weights, whatever the framework."""
+"""BatchNorm statistics for averaged weights (SWA, arXiv:1803.05407), whatever the framework."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -26,8 +26,7 @@ def average_batch_stats(
       ValueError: if there is no batch, or `sizes` has another length than `stats`.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import flatopt
+      >>> import jax.numpy as jnp, flatopt
       >>> print(flatopt.average_batch_stats([jnp.array(1.0), jnp.array(4.0)], sizes=[2, 1]))
       2.0
 
@@ -35,11 +34,7 @@ def average_batch_stats(
       Izmailov, Podoprikhin, Garipov, Vetrov, Wilson. Averaging Weights Leads to Wider Optima and
       Better Generalization. arXiv:1803.05407
 
-    Notes:
-      With `sizes` as the SWA authors do it; without, as PyTorch's `update_bn` does: a short last
-      batch then weighs too much. A variance comes out as the mean of the batches' variances,
-      without the spread of their means, as in both. For Flax models, `flatopt.linen` and
-      `flatopt.nnx` have `recompute_batch_stats`.
+    Cost: 0 extra gradients; 1 copy of the statistics.
     """
     stats = list(stats)
     weights = [1] * len(stats) if sizes is None else list(sizes)

@@ -1,4 +1,4 @@
-"""Gadam and GadamX: Adam, or its partially adaptive sibling, with averaged weights."""
+"""Gadam and GadamX (Granziol et al., arXiv:2003.01247): adaptive steps, averaged weights."""
 
 from typing import Any, NamedTuple
 
@@ -14,16 +14,33 @@ class PadamState(NamedTuple):
     """State of the partially adaptive step of `gadamx`.
 
     Attributes:
-      step: int32 scalar, number of updates so far.
+      t: int32 scalar, number of updates so far, which corrects the bias of the means.
       mu: tree like the parameters, decaying mean of the gradients.
       nu: tree like the parameters, decaying mean of their squares.
       nu_max: tree like the parameters, the largest value that each entry of `nu` has had.
     """
 
-    step: jax.Array
+    t: jax.Array
     mu: optax.Updates
     nu: optax.Updates
     nu_max: optax.Updates
+
+
+def padam_step(
+    grads: optax.Updates, state: PadamState, *, b1: float, b2: float, eps: float, partial: float
+) -> tuple[optax.Updates, PadamState]:
+    r"""Padam's direction, Adam's mean over :math:`(\sqrt{\bar v_t} + \epsilon)^{2p}`."""
+    t = optax.safe_increment(state.t)
+    mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+    nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
+    correction = jnp.sqrt(1 - b2**t) / (1 - b1**t)
+    nu_max = jax.tree.map(jnp.maximum, state.nu_max, optax.tree.cast_like(nu, state.nu))
+
+    def leaf(m: jax.Array, v: jax.Array) -> jax.Array:
+        return (correction * (m / (jnp.sqrt(v) + eps) ** (2 * partial))).astype(m.dtype)
+
+    kept = (optax.tree.cast_like(mu, state.mu), optax.tree.cast_like(nu, state.nu), nu_max)
+    return jax.tree.map(leaf, mu, nu_max), PadamState(t, *kept)
 
 
 def gadam(
@@ -35,61 +52,38 @@ def gadam(
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     start: int | None = None,
     every: int | None = None,
+    accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW, evaluated at the equal-weight mean of its weights.
 
-    .. math::
-      w_{t+1} = (1 - \eta \lambda) w_t - \eta \, \hat m_t / (\sqrt{\hat v_t} + \epsilon), \qquad
-      \bar w = \text{mean of } w_t, \; t = start, start + every, \dots
+    .. math:: w_{t+1} = (1 - \eta \lambda) w_t - \eta \, \hat m_t / (\sqrt{\hat v_t} + \epsilon)
 
     Args:
-      learning_rate: :math:`\eta`: a number, a traced array, or a schedule of the step count. It
-        should stay high while the weights are averaged: the authors halve it.
-      b1: decay of the mean gradient, in [0, 1).
-      b2: decay of the mean squared gradient, in [0, 1).
-      eps: :math:`\epsilon`, > 0.
-      weight_decay: :math:`\lambda`, >= 0, decoupled: a number, a traced array, or a schedule. The
-        authors find large ones best, from 0.1 to 0.3.
-      start: number of the first update, counted from 1, whose weights enter the mean; see `swa`.
-        Static.
-      every: one in `every` updates from there on; the authors average at the end of each epoch.
-        Static.
+      learning_rate: :math:`\eta`, >= 0: a number, a traced array, or a schedule of the step count.
+      b1, b2, eps: Adam's decays, in [0, 1), and :math:`\epsilon`, >= 0.
+      weight_decay: :math:`\lambda`, >= 0, decoupled: a number, a traced array, or a schedule.
+      start, every, accumulator_dtype: of the mean; see `swa`. The authors take it once an epoch.
 
     Returns:
-      A whole optimiser; `update` needs `params`. Get the mean with
-      `flatopt.eval_params(opt_state, params)`.
-
-    Raises:
-      ValueError: if an argument is out of range, or `params` is missing.
+      A whole optimiser; needs `params`. The mean is `flatopt.eval_params(opt_state, params)`.
 
     Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> import flatopt
-      >>> tx = flatopt.gadam(0.1, weight_decay=0.0)
-      >>> params = jnp.array(1.0)
-      >>> opt_state = tx.init(params)
-      >>> for _ in range(2):
-      ...     updates, opt_state = tx.update(params, opt_state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> print(f"{params:.3f} {flatopt.eval_params(opt_state, params):.3f}")
-      0.800 0.850
+      >>> import jax.numpy as jnp, optax, flatopt
+      >>> tx, w = flatopt.gadam(0.1, weight_decay=0.0), jnp.array(1.0)
+      >>> updates, opt_state = tx.update(w, tx.init(w), w)
+      >>> print(f"{optax.apply_updates(w, updates):.3f}")
+      0.900
 
     References:
       Granziol, Wan, Albanie, Roberts. Iterative Averaging in the Quest for Best Test Error.
       arXiv:2003.01247
 
-    Notes:
-      The same as `optax.chain(optax.adamw(...), swa(start, every))`. Gradient evaluations: none
-      extra. State: two copies of the parameters for Adam, one for the mean.
+    Cost: 0 extra gradients; 3 copies, Adam's two among them.
     """
-    _check(learning_rate, b1, b2, eps, weight_decay)
-    tx = optax.chain(
-        optax.scale_by_adam(b1, b2, eps),
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-        swa(start=start, every=every),
-    )
-    return stage.needs_params("gadam", tx)
+    step = optax.scale_by_adam(b1, b2, eps)
+    mean = swa(start=start, every=every, accumulator_dtype=accumulator_dtype)
+    _check(b1=b1, b2=b2, eps=eps)
+    return _averaged("gadam", step, learning_rate, weight_decay, mean)
 
 
 def gadamx(
@@ -102,100 +96,75 @@ def gadamx(
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     start: int | None = None,
     every: int | None = None,
+    accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Partially adaptive Adam, evaluated at the equal-weight mean of its weights.
 
-    .. math::
-      w_{t+1} = (1 - \eta \lambda) w_t
-      - \eta \, \frac{\sqrt{1 - b_2^t}}{1 - b_1^t} \, m_t \big/ (\sqrt{\bar v_t} + \epsilon)^{2p},
-      \qquad \bar v_t = \max(\bar v_{t-1}, v_t)
+    .. math:: w_{t+1} = (1 - \eta \lambda) w_t - \eta \, \frac{\sqrt{1 - b_2^t}}{1 - b_1^t} \,
+      m_t \big/ (\sqrt{\bar v_t} + \epsilon)^{2p}, \qquad \bar v_t = \max(\bar v_{t-1}, v_t)
 
     Args:
-      learning_rate: :math:`\eta`: a number, a traced array, or a schedule of the step count. With a
-        small p it is of the order of SGD's; the authors halve it where the average begins.
-      b1: decay of the mean gradient, in [0, 1).
-      b2: decay of the mean squared gradient, in [0, 1).
-      eps: :math:`\epsilon`, > 0. Unlike in `optax.adam`, it is added before bias correction.
+      learning_rate, b1, b2, weight_decay, start, every, accumulator_dtype: as for `gadam`.
+      eps: :math:`\epsilon`, >= 0. Unlike in `optax.adam`, it is added before bias correction.
       partial: p, in [0, 1/2]: 1/2 is AMSGrad, 0 is SGD with momentum (and a bias correction).
-      weight_decay: :math:`\lambda`, >= 0, decoupled: a number, a traced array, or a schedule.
-      start: as for `gadam`. Static.
-      every: as for `gadam`. Static.
 
     Returns:
-      A whole optimiser; `update` needs `params`. Get the mean with
-      `flatopt.eval_params(opt_state, params)`.
-
-    Raises:
-      ValueError: if an argument is out of range, or `params` is missing.
+      A whole optimiser; needs `params`. The mean is `flatopt.eval_params(opt_state, params)`.
 
     Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> import flatopt
-      >>> tx = flatopt.gadamx(0.1, weight_decay=0.0)
-      >>> params = jnp.array(1.0)
-      >>> opt_state = tx.init(params)
-      >>> for _ in range(2):
-      ...     updates, opt_state = tx.update(params, opt_state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> print(f"{params:.3f} {flatopt.eval_params(opt_state, params):.3f}")
-      0.983 0.988
+      >>> import jax.numpy as jnp, optax, flatopt
+      >>> tx, w = flatopt.gadamx(0.1, weight_decay=0.0), jnp.array(1.0)
+      >>> updates, opt_state = tx.update(w, tx.init(w), w)
+      >>> print(f"{optax.apply_updates(w, updates):.3f}")
+      0.993
 
     References:
-      Granziol, Wan, Albanie, Roberts. Iterative Averaging in the Quest for Best Test Error.
-      arXiv:2003.01247. The step: Chen, Zhou, Tang, Yang, Cao, Gu. Closing the Generalization Gap of
+      As for `gadam`. The step: Chen, Zhou, Tang, Yang, Cao, Gu. Closing the Generalization Gap of
       Adaptive Gradient Methods in Training Deep Neural Networks. arXiv:1806.06763
 
-    Notes:
-      Like its authors' code, the step never lets the second moment fall (AMSGrad). Gradient
-      evaluations: none extra. State: three copies of the parameters for the step, one for the mean.
+    Cost: 0 extra gradients; 4 copies, the step's three among them.
     """
     checks.check_number("partial", partial, low=0.0, high=0.5)
-    _check(learning_rate, b1, b2, eps, weight_decay)
-    tx = optax.chain(
-        _scale_by_padam(b1, b2, eps, partial),
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-        swa(start=start, every=every),
-    )
-    return stage.needs_params("gadamx", tx)
+    _check(b1=b1, b2=b2, eps=eps)
+    step = scale_by_padam(b1=b1, b2=b2, eps=eps, partial=partial)
+    mean = swa(start=start, every=every, accumulator_dtype=accumulator_dtype)
+    return _averaged("gadamx", step, learning_rate, weight_decay, mean)
 
 
-def _check(learning_rate: Any, b1: Any, b2: Any, eps: Any, weight_decay: Any) -> None:
-    checks.check_number("learning_rate", learning_rate, low=0.0)
-    checks.check_number("b1", b1, low=0.0, high=1.0, high_allowed=False)
-    checks.check_number("b2", b2, low=0.0, high=1.0, high_allowed=False)
-    checks.check_number("eps", eps, low=0.0)
-    checks.check_number("weight_decay", weight_decay, low=0.0)
-
-
-def _scale_by_padam(
-    b1: float, b2: float, eps: float, partial: float
+def scale_by_padam(
+    *, b1: float, b2: float, eps: float, partial: float
 ) -> optax.GradientTransformation:
+    """The transformation around `padam_step`."""
+
     def init_fn(params: optax.Params) -> PadamState:
-        return PadamState(
-            step=jnp.zeros([], jnp.int32),
-            mu=optax.tree.zeros_like(params),
-            nu=optax.tree.zeros_like(params),
-            nu_max=optax.tree.zeros_like(params),
-        )
+        mu, nu, nu_max = (optax.tree.zeros_like(params) for _ in range(3))
+        return PadamState(jnp.zeros([], jnp.int32), mu, nu, nu_max)
 
     def update_fn(
         updates: optax.Updates, state: PadamState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, PadamState]:
         del params
-        step = optax.safe_increment(state.step)
-        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
-        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-        correction = jnp.sqrt(1 - b2**step) / (1 - b1**step)
-        nu_max = jax.tree.map(jnp.maximum, state.nu_max, optax.tree.cast_like(nu, state.nu))
-
-        def leaf(m: jax.Array, v: jax.Array) -> jax.Array:
-            scaled = m / (jnp.sqrt(v) + eps) ** (2 * partial)
-            return (correction * scaled).astype(m.dtype)
-
-        new_state = PadamState(
-            step, optax.tree.cast_like(mu, state.mu), optax.tree.cast_like(nu, state.nu), nu_max
-        )
-        return jax.tree.map(leaf, mu, nu_max), new_state
+        return padam_step(updates, state, b1=b1, b2=b2, eps=eps, partial=partial)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _check(*, b1: float, b2: float, eps: float) -> None:
+    checks.check_number("b1", b1, low=0.0, high=1.0, high_allowed=False)
+    checks.check_number("b2", b2, low=0.0, high=1.0, high_allowed=False)
+    checks.check_number("eps", eps, low=0.0)
+
+
+def _averaged(
+    name: str,
+    step: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule,
+    mean: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """The whole optimiser of the factory `name`: step, decoupled decay, rate, mean."""
+    checks.check_number("learning_rate", learning_rate, low=0.0)
+    checks.check_number("weight_decay", weight_decay, low=0.0)
+    decay = optax.add_decayed_weights(weight_decay)
+    rate = optax.scale_by_learning_rate(learning_rate)
+    return stage.needs_params(name, optax.chain(step, decay, rate, mean))

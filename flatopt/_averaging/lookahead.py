@@ -1,5 +1,6 @@
-"""Lookahead: slow weights that follow the fast ones, and to which the fast ones come back."""
+"""Lookahead (Zhang et al., arXiv:1907.08610): slow weights, to which fast ones come back."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ class LookaheadState(NamedTuple):
     Attributes:
       step: int32 scalar, number of updates so far.
       inner_state: state of the wrapped optimiser, which moves the fast weights.
-      slow: tree like the parameters, the slow weights, in float32 at least.
+      slow: tree like the parameters, the slow weights, in the accumulator's dtype.
       slow_state: with `pull_back`, the momenta at the last synchronisation, in a tree like
         `inner_state`; else `optax.EmptyState()`.
     """
@@ -31,6 +32,11 @@ class LookaheadState(NamedTuple):
         return means.evaluated(self.slow, params)
 
 
+def synchronise(slow: optax.Params, fast: optax.Params, alpha: Any) -> optax.Params:
+    r"""Where slow and fast weights meet, :math:`s + \alpha (w - s)`, in the dtypes of `slow`."""
+    return means.towards(slow, fast, alpha)
+
+
 def lookahead(
     optimizer: optax.GradientTransformation,
     *,
@@ -39,60 +45,33 @@ def lookahead(
     reset_state: bool = False,
     pull_back: bool = False,
     start: int | None = None,
+    accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lookahead: k fast steps forward, one step back towards where they began.
 
-    .. math::
-      s \leftarrow s + \alpha \, (w_t - s), \qquad w_t \leftarrow s
-      \qquad \text{after updates } t = k, 2k, \dots
-
-    The parameters are the fast weights w, a plain tree; the slow weights s live in the state.
+    .. math:: s \leftarrow s + \alpha \, (w_t - s), \qquad w_t \leftarrow s
 
     Args:
-      optimizer: any optax transformation; it moves the fast weights.
-      every: k, fast steps between two synchronisations, >= 1; None means 5. Static.
-      slow_step_size: :math:`\alpha`, in [0, 1]: a number, a traced array, or a schedule of the step
-        count. With the number 1 the parameters move as under `optimizer` alone, bit for bit.
-      reset_state: True: after each synchronisation the momenta in the inner state start anew, with
-        the numbers beside them, such as Adam's count. Counts of schedules go on. False: the inner
-        state is kept. Static.
-      pull_back: True: the momenta are synchronised as the weights are, towards what they were after
-        the last synchronisation (at first: towards their initial values, zero). Not together with
-        `reset_state`. Static.
-      start: number of updates after which the first synchronisation comes, >= 0; None and 0 are
-        `every`. Until `start - every` the slow weights are the fast ones. Static.
+      optimizer: any optax transformation; it moves the fast weights w, which are the parameters.
+      every: k, fast steps between two synchronisations, >= 1; None is 5. Static.
+      slow_step_size: :math:`\alpha`, in [0, 1]: a number, a traced array, or a schedule.
+      reset_state: whether the inner momenta then start anew; its schedules go on. Static.
+      pull_back: whether the momenta are synchronised as the weights are. Static.
+      start, accumulator_dtype: see `swa`; until `start - every` the slow weights are the fast ones.
 
     Returns:
-      A wrapper to be outermost; extra arguments, `grad_fn` among them, reach `optimizer`. `update`
-      needs `params`. Evaluate at the slow weights: `flatopt.eval_params(opt_state, params)`.
-
-    Raises:
-      ValueError: if an argument is out of range, or `params` is missing.
+      A wrapper to be outermost; needs `params`. Evaluate at `eval_params(opt_state, params)`.
 
     Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> import flatopt
-      >>> tx = flatopt.lookahead(optax.sgd(1.0), every=2, slow_step_size=0.25)
-      >>> params = jnp.array(0.0)
-      >>> opt_state = tx.init(params)
-      >>> for _ in range(3):  # the fast weights: 1, 2 and back to 0.5, 1.5
-      ...     updates, opt_state = tx.update(jnp.array(-1.0), opt_state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> print(params, flatopt.eval_params(opt_state, params))
-      1.5 0.5
+      >>> import jax.numpy as jnp, optax, flatopt
+      >>> tx = flatopt.lookahead(optax.sgd(1.0), every=1, slow_step_size=0.25)
+      >>> print(tx.update(jnp.array(-1.0), tx.init(jnp.array(0.0)), jnp.array(0.0))[0])
+      0.25
 
     References:
       Zhang, Lucas, Hinton, Ba. Lookahead Optimizer: k steps forward, 1 step back. arXiv:1907.08610
 
-    Notes:
-      Place: outermost; stages such as `sam`, clipping and decay go inside. Between two
-      synchronisations the parameters are fast weights: checkpoint parameters and state together.
-      An average of the slow weights is `optax.chain(lookahead(...), swa(every=k))`; take it with
-      `opt_state[1].eval_params(params)`, since both parts offer evaluation weights. The authors'
-      code for `pull_back` keeps no copy of the momentum, but the momentum itself, and so multiplies
-      it by :math:`\alpha (2 - \alpha)` from the second synchronisation on; here it is a copy.
-      Gradient evaluations: those of `optimizer`. State: that of `optimizer`, one copy of the
-      parameters and one integer; with `pull_back` a second state of `optimizer`.
+    Cost: 0 extra gradients; 1 copy, with `pull_back` the inner state once more.
     """
     checks.check_number("slow_step_size", slow_step_size, low=0.0, high=1.0)
     if reset_state and pull_back:
@@ -101,16 +80,14 @@ def lookahead(
             "or go on from between the old and the new ones."
         )
     optimizer = optax.with_extra_args_support(optimizer)
-    # Adding zero would still change how XLA rounds.
-    keeps_fast = checks.is_number(slow_step_size, 1)
-    when = Every.after_update(start, every or 5)
-    begin = when.start - when.every  # Where the first k fast steps start from.
+    keeps_fast = checks.is_number(slow_step_size, 1)  # Adding 0 would still change how XLA rounds.
+    when = Every.after_update(start, 5 if every is None else every)
 
     def init_fn(params: optax.Params) -> LookaheadState:
         return LookaheadState(
             step=jnp.zeros([], jnp.int32),
             inner_state=optimizer.init(params),
-            slow=means.copy(params),
+            slow=means.copy(params, accumulator_dtype),
             slow_state=optimizer.init(params) if pull_back else optax.EmptyState(),
         )
 
@@ -121,38 +98,47 @@ def lookahead(
         **extra_args: Any,
     ) -> tuple[optax.Updates, LookaheadState]:
         checks.require_params("lookahead", params)
-        step = optax.safe_increment(state.step)
-        fast_updates, inner_state = optimizer.update(
-            updates, state.inner_state, params, **extra_args
-        )
-        fast = optax.apply_updates(params, fast_updates)
-        share = value_at(slow_step_size, state.step)
-        slow, slow_state = state.slow, state.slow_state
-        if begin > 0:  # Until then the slow weights are the fast ones.
-            slow = optax.tree.where(step <= begin, means.copy(fast), slow)
+        step, alpha = optax.safe_increment(state.step), value_at(slow_step_size, state.step)
+        moves, inner_state = optimizer.update(updates, state.inner_state, params, **extra_args)
+        fast, slow, slow_state = optax.apply_updates(params, moves), state.slow, state.slow_state
+        if when.begin > 0:  # Until then the slow weights are the fast ones.
+            slow = optax.tree.where(step <= when.begin, optax.tree.cast_like(fast, slow), slow)
         # A branch would keep these passes from being one with those of the inner optimiser.
         due = when.is_due(step)
         if keeps_fast:
-            moves, synchronised = fast_updates, means.copy(fast)
+            landed = optax.tree.cast_like(fast, slow)
         else:
-            target = means.towards(slow, fast, share)
-            moves = optax.tree.where(due, means.moves(target, params, fast_updates), fast_updates)
+            target = synchronise(slow, fast, alpha)
+            moves = optax.tree.where(due, means.moves(target, params, moves), moves)
             # Where the parameters land, not `target`: the two are one, and XLA takes one pass less.
-            synchronised = means.landed(target, params, moves)
-        slow = optax.tree.where(due, synchronised, slow)
-
-        def pull(carry: tuple[optax.OptState, optax.OptState]) -> tuple[Any, Any]:
-            inner_state, slow_state = carry
-            pulled = momenta.towards(inner_state, slow_state, 1 - share)
-            return pulled, pulled
-
-        def reset(inner_state: optax.OptState) -> optax.OptState:
-            return momenta.reset(inner_state, optimizer.init(fast))
+            landed = means.landed(target, params, moves)
+        slow = optax.tree.where(due, landed, slow)
 
         if pull_back:
-            inner_state, slow_state = tree_math.apply_if(due, pull, (inner_state, slow_state))
+            inner_state, slow_state = _pull_back(due, inner_state, slow_state, alpha, params)
         if reset_state:
-            inner_state = tree_math.apply_if(due, reset, inner_state)
+            landing = optax.tree.cast_like(slow, params)
+            inner_state = _reset(due, inner_state, optimizer.init, landing)
         return moves, LookaheadState(step, inner_state, slow, slow_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _pull_back(
+    due: jax.Array, fast: optax.OptState, slow: optax.OptState, alpha: Any, params: Any
+) -> tuple[optax.OptState, optax.OptState]:
+    """The momenta meet as the weights do, if it is `due`."""
+
+    def meet(carry: tuple[optax.OptState, optax.OptState]) -> tuple[Any, Any]:
+        met = momenta.towards(*carry, 1 - alpha, params)
+        return met, met
+
+    return tree_math.apply_if(due, meet, (fast, slow))
+
+
+def _reset(
+    due: jax.Array, state: optax.OptState, init: Callable[[Any], Any], params: optax.Params
+) -> optax.OptState:
+    """The momenta start anew at `params`, if it is `due`."""
+    # The fresh state is made where it is needed, so that no zeros are kept elsewhere.
+    return tree_math.apply_if(due, lambda own: momenta.reset(own, init(params), params), state)

@@ -1,4 +1,4 @@
-"""Merging checkpoints: weights that stand in for a decaying learning rate, and the greedy soup."""
+"""Merging models: WSM (arXiv:2507.17634), LAWA (arXiv:2209.14981), soups (arXiv:2203.05482)."""
 
 import math
 from collections.abc import Callable
@@ -20,32 +20,20 @@ _KERNELS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def merge_weights(kernel: str | Callable[[jax.Array], jax.Array], number: int) -> jax.Array:
     r"""Weights for merging checkpoints, after the learning-rate decay that they stand in for.
 
-    A constant learning rate gives checkpoints :math:`\theta_0, \dots, \theta_{n-1}`, oldest first.
-    Had the rate decayed by the factors :math:`k(i/n)`, each step between two of them would have
-    been that much shorter:
-
-    .. math::
-      \theta_0 + \sum_{i=1}^{n-1} k(i/n) \, (\theta_i - \theta_{i-1})
-      = \sum_{i=0}^{n-1} c_i \theta_i, \qquad
-      c_i = k\big(\tfrac{i}{n}\big) - k\big(\tfrac{i+1}{n}\big)
+    .. math:: \theta_0 + \sum_{i=1}^{n-1} k(\tfrac{i}{n}) \, (\theta_i - \theta_{i-1})
+      = \sum_{i=0}^{n-1} c_i \theta_i, \qquad c_i = k(\tfrac{i}{n}) - k(\tfrac{i+1}{n})
 
     Args:
       kernel: "linear" (:math:`k(x) = 1 - x`: equal weights), "cosine"
-        (:math:`(1 + \cos \pi x) / 2`: the middle weighs most), "1-sqrt"
-        (:math:`1 - \sqrt x`: the oldest weighs most), or a function of arrays in [0, 1] that falls
-        from 1 to 0. Static.
-      number: how many checkpoints, n >= 1. Static.
+        (:math:`(1 + \cos \pi x) / 2`: the middle weighs most), "1-sqrt" (:math:`1 - \sqrt x`: the
+        oldest weighs most), or a function of arrays in [0, 1] that falls from 1 to 0. Static.
+      number: how many checkpoints of a run at a constant rate, n >= 1, oldest first. Static.
 
     Returns:
       float array [number], which sums to 1.
 
-    Raises:
-      ValueError: if `kernel` is an unknown name or `number` is below 1.
-
     Examples:
       >>> import flatopt
-      >>> print(flatopt.merge_weights("linear", 4))
-      [0.25 0.25 0.25 0.25]
       >>> print(flatopt.merge_weights("1-sqrt", 4).round(2))
       [0.5  0.21 0.16 0.13]
 
@@ -53,9 +41,7 @@ def merge_weights(kernel: str | Callable[[jax.Array], jax.Array], number: int) -
       Tian et al. WSM: Decay-Free Learning Rate Schedule via Checkpoint Merging for LLM
       Pre-training. arXiv:2507.17634
 
-    Notes:
-      Exact where the steps do not depend on the rate; otherwise a guess at what the decay would
-      have done. Costs no gradient.
+    Cost: 0 extra gradients; 0 copies.
     """
     checks.check_count("number", number, 1)
     if not callable(kernel) and kernel not in _KERNELS:
@@ -76,32 +62,23 @@ def merge_params(stack: optax.Params, weights: jax.typing.ArrayLike | None = Non
     Args:
       stack: tree whose leaves have one more axis than the parameters', in front: `snapshot_params`,
         or `jax.tree.map(lambda *w: jnp.stack(w), *checkpoints)`.
-      weights: array [number], such as `merge_weights("cosine", number)`. None: the mean. May be
-        traced and differentiated: train the weights by the gradient of a validation loss.
+      weights: array [number], such as `merge_weights("cosine", number)`; may be traced and
+        differentiated. None: the mean.
 
     Returns:
       Tree like the parameters, summed in float32 at least, in the dtypes of `stack`. Integer leaves
       are those of the last checkpoint.
 
-    Raises:
-      ValueError: if the number of weights is not that of the checkpoints.
-
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import flatopt
+      >>> import jax.numpy as jnp, flatopt
       >>> stack = {"w": jnp.array([[1.0, 2.0], [3.0, 6.0]])}
-      >>> print(flatopt.merge_params(stack)["w"])
-      [2. 4.]
       >>> print(flatopt.merge_params(stack, jnp.array([0.25, 0.75]))["w"])
       [2.5 5. ]
 
     References:
-      Kaddour. Stop Wasting My Time! Saving Days of ImageNet and BERT Training with Latest Weight
-      Averaging. arXiv:2209.14981
+      Kaddour. Stop Wasting My Time! arXiv:2209.14981
 
-    Notes:
-      Merge models of one run, or of runs that share their start: others do not lie in one valley.
-      BatchNorm statistics belong to a model: recompute them for the merged one.
+    Cost: 0 extra gradients; 1 copy.
     """
 
     def leaf(stack: jax.Array) -> jax.Array:
@@ -128,40 +105,28 @@ def greedy_soup(
 ) -> tuple[optax.Params, list[int]]:
     r"""The mean of those checkpoints that help it: each joins if the score does not fall.
 
-    .. math::
-      S \leftarrow S \cup \{i\} \quad \text{if} \quad
-      s\big(\text{mean of } S \cup \{i\}\big) \ge s\big(\text{mean of } S\big),
-      \qquad \text{best } i \text{ first}
+    .. math:: S \leftarrow S \cup \{i\} \quad \text{if} \quad
+      s\big(\text{mean of } S \cup \{i\}\big) \ge s\big(\text{mean of } S\big)
 
     Args:
-      stack: parameters stacked along their first axis: `snapshot_params` or checkpoints of runs
-        that share their start.
+      stack: parameters stacked along their first axis, of runs that share their start.
       score_fn: function from parameters to a score on held-out data, higher is better. Any Python:
         it is called outside of `jit`, and may be jitted itself.
 
     Returns:
-      The mean, and the positions in `stack` that make it up, in the order in which they joined. It
-      scores at least as well as the best single one.
-
-    Raises:
-      ValueError: if `stack` is empty.
+      The mean, and the positions in `stack` that make it up, in the order in which they joined,
+      best alone first. It scores at least as well as the best single one.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import flatopt
-      >>> stack = jnp.array([0.0, 3.0, 8.0])
-      >>> params, chosen = flatopt.greedy_soup(stack, lambda w: -abs(w - 2.0))
-      >>> print(params, chosen)
+      >>> import jax.numpy as jnp, flatopt
+      >>> print(*flatopt.greedy_soup(jnp.array([0.0, 3.0, 8.0]), lambda w: -abs(w - 2.0)))
       1.5 [1, 0]
 
     References:
       Wortsman et al. Model soups: averaging weights of multiple fine-tuned models improves accuracy
       without increasing inference time. arXiv:2203.05482
 
-    Notes:
-      Calls `score_fn` twice for each checkpoint, less one. The score is chosen on, so measure the
-      result on other data. For a trained average, minimise a validation loss of
-      `merge_params(stack, jax.nn.softmax(logits))` over `logits`.
+    Cost: 0 extra gradients; 2 copies and a slice of each model; `score_fn` twice a model, less one.
     """
     number = next((leaf.shape[0] for leaf in jax.tree.leaves(stack)), 0)
     if number == 0:

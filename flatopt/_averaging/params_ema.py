@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights."""
+"""Exponential mean of the weights (Polyak, Juditsky 1992), debiased as Adam's (arXiv:1412.6980)."""
 
 from typing import Any
 
@@ -8,6 +8,23 @@ import optax
 
 from flatopt._averaging.running_mean import running_mean
 from flatopt._core import checks
+from flatopt._core.timing import value_at
+
+
+def warmed_up(decay: jax.Array, number: jax.Array, warmup_steps: int) -> jax.Array:
+    r""":math:`\min(d, (1 + n) / (k + n))` after n models, with k = `warmup_steps`."""
+    return jnp.minimum(decay, (1 + number) / (warmup_steps + number))
+
+
+def debiased_share(decay: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+    r"""The weights' sum :math:`s \leftarrow d s + 1 - d`, and the new model's share of it."""
+    total = decay * total + (1 - decay)
+    return total, (1 - decay) / total
+
+
+def share_after_first(decay: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+    r"""The share :math:`1 - d`; that of the first model is 1."""
+    return jnp.ones_like(total), jnp.where(total > 0, 1 - decay, 1)
 
 
 def params_ema(
@@ -19,65 +36,43 @@ def params_ema(
     every: int | None = None,
     accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Exponential moving average of the weights.
+    r"""Exponential moving average of the weights; `optax.ema` averages updates.
 
     .. math:: \bar w_n = d_n \bar w_{n-1} + (1 - d_n) w_t
 
     Args:
       decay: d, in [0, 1): a number, a traced array, or a schedule of the step count.
-      debias: True: start from zero and divide by the weights' sum, :math:`1 - d^n` for constant d,
-        so that the first weights carry no extra weight. False: start from the first weights, as
-        PyTorch's EMA does; they then keep the weight :math:`d^{n-1}`. Static.
-      warmup_steps: use :math:`\min(d, (1 + n) / (k + n))` with k = `warmup_steps` >= 1 for the
-        model after n others, so that early weights are forgotten sooner; None means no warm-up.
-        Static.
-      start: number of the first update, counted from 1, whose weights enter, >= 0; None means the
-        first. Static.
-      every: one in `every` updates from there on, >= 1; None means each. Static.
-      accumulator_dtype: dtype of the average; None means float32 or the parameters' dtype,
-        whichever is wider: in bfloat16 an average with decay .999 would never move. Static.
+      debias: divide by the shares' sum, :math:`1 - d^n`; else begin at the first weights. Static.
+      warmup_steps: k >= 1: decay :math:`\min(d, (1 + n) / (k + n))` after n models. Static.
+      start, every, accumulator_dtype: when it acts, in what it adds up; see `swa`.
 
     Returns:
-      A stage to be chained last. It passes updates through unchanged, and needs `params`. Get the
-      average with `flatopt.eval_params(opt_state, params)`.
-
-    Raises:
-      ValueError: if an argument is out of range, or `params` is missing.
+      A stage to be chained last, as `swa`; needs `params`.
 
     Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> import flatopt
-      >>> tx = optax.chain(optax.sgd(1.0), flatopt.params_ema(0.5))
-      >>> params = jnp.array(0.0)
-      >>> opt_state = tx.init(params)
-      >>> for _ in range(2):  # the weights are 1, 2; their shares 1/3, 2/3
-      ...     updates, opt_state = tx.update(jnp.array(-1.0), opt_state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> print(f"{flatopt.eval_params(opt_state, params):.4f}")
+      >>> import jax.numpy as jnp, flatopt
+      >>> stage, zero = flatopt.params_ema(0.5), jnp.array(0.0)
+      >>> _, state = stage.update(zero, stage.init(zero), jnp.array(1.0))
+      >>> _, state = stage.update(zero, state, jnp.array(2.0))
+      >>> print(f"{flatopt.eval_params(state, zero):.4f}")  # shares 1/3, 2/3
       1.6667
 
     References:
-      Polyak, Juditsky. Acceleration of Stochastic Approximation by Averaging. SIAM Journal on
-      Control and Optimization 30(4), 1992. Debiasing as in Kingma, Ba. Adam: A Method for
-      Stochastic Optimization. arXiv:1412.6980
+      Polyak, Juditsky. Acceleration of Stochastic Approximation by Averaging. SICON 30(4), 1992.
 
-    Notes:
-      Unlike `optax.ema`, which averages updates, this averages parameters. Place, integer leaves,
-      NaN: as for `swa`. Gradient evaluations: none. State: one copy of the parameters, two scalars.
+    Cost: 0 extra gradients; 1 copy.
     """
     checks.check_number("decay", decay, low=0.0, high=1.0, high_allowed=False)
     checks.check_count("warmup_steps", warmup_steps, 1)
+    share = debiased_share if debias else share_after_first
 
     def weighting(
         total: jax.Array, number: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        d = jnp.asarray(decay(step) if callable(decay) else decay, total.dtype)
+        d = jnp.asarray(value_at(decay, step), total.dtype)
         if warmup_steps is not None:
-            d = jnp.minimum(d, (1 + number) / (warmup_steps + number))
-        if debias:
-            total = d * total + (1 - d)
-            return total, (1 - d) / total
-        return jnp.ones_like(total), jnp.where(total > 0, 1 - d, 1)
+            d = warmed_up(d, number, warmup_steps)
+        return share(d, total)
 
     return running_mean(
         "params_ema", weighting, start=start, every=every, accumulator_dtype=accumulator_dtype

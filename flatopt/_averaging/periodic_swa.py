@@ -1,4 +1,4 @@
-"""Periodic SWA: training starts again and again from the average of its last period."""
+"""Periodic SWA (Guo et al., arXiv:2201.00519): training that starts again from its average."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._core import checks, means, momenta, tree_math
-from flatopt._core.timing import Every
+from flatopt._core.timing import LAST, Every
 
 
 class PeriodicSwaState(NamedTuple):
@@ -20,8 +20,8 @@ class PeriodicSwaState(NamedTuple):
       number: int32 scalar, number of models averaged so far in this period.
       restarts: int32 scalar, number of restarts so far.
       inner_state: state of the wrapped optimiser.
-      mean: tree like the parameters: the mean of this period's models, in float32 at least; until
-        the first of them, that of the last period.
+      mean: tree like the parameters: the mean of this period's models, in the accumulator's dtype;
+        until the first of them, that of the last period.
     """
 
     step: jax.Array
@@ -35,6 +35,21 @@ class PeriodicSwaState(NamedTuple):
         return means.evaluated(self.mean, params, (self.number > 0) | (self.restarts > 0))
 
 
+def take_in(mean: optax.Params, params: optax.Params, number: jax.Array) -> optax.Params:
+    r""":math:`\bar w + (w - \bar w) / n` for model n of a period; the first is written over it."""
+    moved = means.towards(mean, params, 1.0 / jnp.maximum(number, 1))
+    return optax.tree.where(number == 1, optax.tree.cast_like(params, mean), moved)
+
+
+def ends_period(step: jax.Array, begin: int, period: int | Sequence[int]) -> jax.Array:
+    """Whether a period ends with `step` updates made, where the first began with `begin`."""
+    if isinstance(period, int) and period <= LAST:
+        return (step - begin % period) % period == 0
+    lengths = [period] if isinstance(period, int) else period
+    ends = [begin + end for end in itertools.accumulate(lengths) if begin + end <= LAST]
+    return jnp.isin(step, jnp.array(ends, jnp.int32))
+
+
 def periodic_swa(
     optimizer: optax.GradientTransformation,
     period: int | Sequence[int],
@@ -42,86 +57,43 @@ def periodic_swa(
     start: int | None = None,
     every: int | None = None,
     stop: int | None = None,
+    accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages the weights over a period, starts again from the average, and so on.
 
-    .. math::
-      \bar w \leftarrow \bar w + (w_t - \bar w) / n \quad (n = 1, 2, \dots \text{ in a period}),
-      \qquad w_t \leftarrow \bar w \quad \text{at the end of a period}
-
-    At a restart the optimiser's momenta start anew; its schedules go on.
+    .. math:: \bar w \leftarrow \bar w + (w_t - \bar w) / n, \; \text{then } w_t \leftarrow \bar w
 
     Args:
-      optimizer: any optax transformation.
-      period: number of updates in a period, >= 1, a multiple of `every`; or one number for each
-        period, with no restart after the last of them. Static.
-      start: number of updates after which the first weights enter the mean, >= 0; None and 0 are
-        `every`. The first period begins with `start - every` updates made. Static.
-      every: one model in so many updates from there on, >= 1; None is 1. The authors average once
-        an epoch. Static.
-      stop: number of the last update, counted from 1, that may end in a restart, >= 0: from there
-        on the running mean goes on undisturbed. None means restarts until the end. Static.
+      optimizer: any optax transformation; its momenta start anew at a restart, schedules go on.
+      period: its length in updates, a multiple of `every`; or the lengths of all periods. Static.
+      start, every: when a model enters; see `swa`. The first period begins after `start - every`.
+      stop: updates made when the last restart may come, >= 0; None: restarts go on. Static.
+      accumulator_dtype: of the mean; see `swa`.
 
     Returns:
-      A wrapper to be outermost; extra arguments reach `optimizer`. `update` needs `params`.
-      Evaluate at the mean: `flatopt.eval_params(opt_state, params)`.
-
-    Raises:
-      ValueError: if an argument is out of range, `every` does not divide `period`, or `params` is
-        missing.
+      A wrapper to be outermost; needs `params`. Evaluate at `eval_params(opt_state, params)`.
 
     Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> import flatopt
-      >>> tx = flatopt.periodic_swa(optax.sgd(1.0), period=3)
-      >>> params = jnp.array(0.0)
-      >>> opt_state = tx.init(params)
-      >>> for _ in range(3):  # the weights are 1, 2, 3, and start again from their mean
-      ...     updates, opt_state = tx.update(jnp.array(-1.0), opt_state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> print(params)
-      2.0
+      >>> import jax.numpy as jnp, optax, flatopt
+      >>> tx, w = flatopt.periodic_swa(optax.sgd(1.0), period=2), jnp.array(0.0)
+      >>> updates, opt_state = tx.update(jnp.array(-1.0), tx.init(w), w)  # to 1
+      >>> print(tx.update(jnp.array(-1.0), opt_state, w + updates)[0])  # to 2, and back to 1.5
+      0.5
 
     References:
       Guo, Jin, Liu. Stochastic Weight Averaging Revisited. arXiv:2201.00519
 
-    Notes:
-      The paper's recipes, with `n` updates an epoch: PSWA, plain for 40 epochs, then restarts every
-      20 until epoch 160: `periodic_swa(optimizer, 20 * n, start=41 * n, every=n, stop=160 * n)`.
-      DSWA, one restart: `period=[20 * n]`; TSWA, two: `period=[20 * n, 20 * n]`. Place: outermost.
-      Gradient evaluations: those of `optimizer`. State: that of `optimizer`, one copy of the
-      parameters and three integers.
+    Cost: 0 extra gradients; 1 copy.
     """
-    lengths = [period] if isinstance(period, int) else list(period)
-    checks.check_count("stop", stop, 0)
     when = Every.after_update(start, every)
-    begin = when.start - when.every
-    for length in lengths:
-        checks.check_count("period", length, 1)
-        if length % when.every:
-            raise ValueError(
-                f"period={length} must be a multiple of every={when.every}, so that each period "
-                "ends with a model."
-            )
-    if not lengths:
-        raise ValueError("period=[] is empty: it must name at least one number of updates.")
+    checks.check_count("stop", stop, 0)
+    _check_periods(period, when.every)
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def ends_period(step: jax.Array) -> jax.Array:
-        if isinstance(period, int):
-            ends = (step - begin) % period == 0
-        else:
-            ends = jnp.isin(step - begin, jnp.array(list(itertools.accumulate(lengths))))
-        return ends if stop is None else ends & (step <= stop)
-
     def init_fn(params: optax.Params) -> PeriodicSwaState:
-        return PeriodicSwaState(
-            step=jnp.zeros([], jnp.int32),
-            number=jnp.zeros([], jnp.int32),
-            restarts=jnp.zeros([], jnp.int32),
-            inner_state=optimizer.init(params),
-            mean=means.zeros(params),
-        )
+        step, number, restarts = (jnp.zeros([], jnp.int32) for _ in range(3))
+        mean = means.zeros(params, accumulator_dtype)
+        return PeriodicSwaState(step, number, restarts, optimizer.init(params), mean)
 
     def update_fn(
         updates: optax.Updates,
@@ -134,21 +106,37 @@ def periodic_swa(
         updates, inner_state = optimizer.update(updates, state.inner_state, params, **extra_args)
 
         due = when.is_due(step)
-        again = due & ends_period(step)
-        fast = optax.apply_updates(params, updates)
-        number = state.number + due
-        # The last period's mean is written over, not averaged with.
-        mean = means.towards(state.mean, fast, 1.0 / jnp.maximum(number, 1))
-        mean = optax.tree.where(number == 1, optax.tree.cast_like(fast, mean), mean)
+        again = due & ends_period(step, when.begin, period)
+        if stop is not None:
+            again &= step <= min(stop, LAST)
+        number = jnp.where(due, optax.safe_increment(state.number), state.number)
+        mean = take_in(state.mean, optax.apply_updates(params, updates), number)
         mean = optax.tree.where(due, mean, state.mean)
         updates = optax.tree.where(again, means.moves(mean, params, updates), updates)
 
         def restart(inner_state: optax.OptState) -> optax.OptState:
-            return momenta.reset(inner_state, optimizer.init(optax.tree.cast_like(mean, params)))
+            fresh = optimizer.init(optax.tree.cast_like(mean, params))
+            return momenta.reset(inner_state, fresh, params)
 
-        inner_state = tree_math.apply_if(again, restart, inner_state)
         return updates, PeriodicSwaState(
-            step, jnp.where(again, 0, number), state.restarts + again, inner_state, mean
+            step=step,
+            number=jnp.where(again, 0, number),
+            restarts=jnp.where(again, optax.safe_increment(state.restarts), state.restarts),
+            inner_state=tree_math.apply_if(again, restart, inner_state),
+            mean=mean,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_periods(period: int | Sequence[int], every: int) -> None:
+    lengths = [period] if isinstance(period, int) else list(period)
+    for length in lengths:
+        checks.check_count("period", length, 1)
+        if length % every:
+            raise ValueError(
+                f"period={length} must be a multiple of every={every}, so that each period "
+                "ends with a model."
+            )
+    if not lengths:
+        raise ValueError("period=[] is empty: it must name at least one number of updates.")

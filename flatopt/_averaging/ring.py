@@ -7,12 +7,17 @@ import jax.numpy as jnp
 import optax
 
 
-def empty(params: optax.Params, size: int) -> optax.Params:
+def empty(params: optax.Params, size: int, dtype: Any = None) -> optax.Params:
     """Zeros: `size` trees like `params`, each leaf stacked along a new first axis.
 
-    The other axes lie over the devices as those of `params` do.
+    In `dtype`, or in those of `params`. The other axes lie over the devices as `params` do.
     """
-    return jax.tree.map(lambda p: jnp.stack([jnp.zeros_like(p)] * size), params)
+
+    def leaf(param: Any) -> jax.Array:
+        inexact = jnp.issubdtype(jnp.result_type(param), jnp.inexact)
+        return jnp.stack([jnp.zeros_like(param, dtype if inexact else None)] * size)
+
+    return jax.tree.map(leaf, params)
 
 
 def size(ring: Any) -> int:

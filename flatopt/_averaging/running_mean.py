@@ -1,4 +1,4 @@
-"""The stage behind every running mean of the weights."""
+"""The stage behind every running mean of the weights: `mean += share * (params - mean)`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ def running_mean(
     every: int | None,
     accumulator_dtype: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Every running mean is `mean += share * (params - mean)`; `weighting` gives the share."""
+    """The stage that the factory `name` returns; `weighting` gives the share of each model."""
     when = Every.after_update(start, every)
 
     def init_fn(params: optax.Params) -> AverageState:
@@ -53,7 +53,7 @@ def running_mean(
         )
 
     def collect(state: AverageState, params: optax.Params) -> AverageState:
-        number = (state.step + 1 - when.start) // when.every
+        number = when.turns_before(optax.safe_increment(state.step))
         total_weight, share = weighting(state.total_weight, number, state.step)
         mean = means.towards(state.mean, params, share)
         return AverageState(state.step, total_weight, mean)

@@ -1,4 +1,4 @@
-"""SWAG: the mean of the weights along the run, and a Gaussian around it to sample from."""
+"""SWAG (Maddox et al., arXiv:1902.02476): SWA's mean, and a Gaussian around it to sample from."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ class SwagState(NamedTuple):
     Attributes:
       step: int32 scalar, number of updates so far.
       number: int32 scalar, number of models taken in so far.
-      mean: tree like the parameters, the models' mean, in float32 at least.
+      mean: tree like the parameters, the models' mean, in the accumulator's dtype.
       variance: tree like `mean`, their variance around it (the mean of squares less the square of
         the mean, computed without that cancellation).
       deviations: tree like `mean` with one more axis in front, of length `rank`: the latest models,
@@ -33,27 +33,6 @@ class SwagState(NamedTuple):
     def eval_params(self, params: optax.Params) -> optax.Params:
         """Returns the mean in the dtypes of `params`, or `params` before the first model."""
         return means.evaluated(self.mean, params, self.number > 0)
-
-    def columns(self) -> jax.Array:
-        """How many deviations there are so far: at most `rank`."""
-        return jnp.minimum(self.number, _ring.size(self.deviations))
-
-    def sample(
-        self, diagonal_noise: optax.Params, low_rank_noise: jax.Array, scale: Any
-    ) -> optax.Params:
-        """The sample that standard normal draws make: a tree like `mean` and an array [rank]."""
-        divisor = jnp.sqrt(2.0 * jnp.maximum(self.columns() - 1, 1))
-
-        def leaf(mean: jax.Array, variance: jax.Array, deviations: jax.Array, z: jax.Array) -> Any:
-            if not jnp.issubdtype(mean.dtype, jnp.inexact):
-                return mean
-            column = low_rank_noise.reshape(-1, *[1] * mean.ndim)
-            # Elementwise: a dot product would be rounded to TF32 or bfloat16 on accelerators.
-            low_rank = jnp.sum(deviations * column, axis=0) / divisor
-            spread = jnp.sqrt(variance / 2).astype(mean.dtype) * z + low_rank
-            return (mean + jnp.sqrt(scale) * spread).astype(mean.dtype)
-
-        return jax.tree.map(leaf, self.mean, self.variance, self.deviations, diagonal_noise)
 
 
 class SwagCovariance(NamedTuple):
@@ -71,83 +50,96 @@ class SwagCovariance(NamedTuple):
     factors: optax.Params
 
 
+def spread(variance: Any, params: Any, old_mean: Any, deviations: Any, number: Any) -> Any:
+    r"""Welford's recursion: :math:`v + \big((w - \bar w_{n-1}) (w - \bar w_n) - v\big) / n`."""
+
+    def leaf(v: jax.Array, w: jax.Array, old: jax.Array, d: jax.Array) -> jax.Array:
+        return (v + (((w - old) * d.conj()).real - v) / number).astype(v.dtype)
+
+    return jax.tree.map(leaf, variance, params, old_mean, deviations)
+
+
+def low_rank_factors(state: SwagState) -> optax.Params:
+    r""":math:`D / \sqrt{2 (K - 1)}`: the latest deviations as factors of the covariance."""
+    columns = jnp.minimum(state.number, _ring.size(state.deviations))
+    divisor = jnp.sqrt(2.0 * jnp.maximum(columns - 1, 1))
+
+    def leaf(deviations: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(deviations.dtype, jnp.inexact):
+            return jnp.zeros(deviations.shape)
+        return (deviations / divisor).astype(deviations.dtype)
+
+    return jax.tree.map(leaf, state.deviations)
+
+
+def displace(state: SwagState, z1: optax.Params, z2: jax.Array, scale: Any) -> optax.Params:
+    r""":math:`\bar w + \sqrt s \, (\sigma z_1 / \sqrt 2 + D z_2 / \sqrt{2 (K - 1)})`."""
+
+    def leaf(mean: jax.Array, variance: jax.Array, factors: jax.Array, z: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(mean.dtype, jnp.inexact):
+            return mean
+        # Elementwise: a dot product would be rounded to TF32 or bfloat16 on accelerators.
+        low_rank = jnp.sum(factors * z2.reshape(-1, *[1] * mean.ndim), axis=0)
+        moved = jnp.sqrt(variance / 2).astype(mean.dtype) * z + low_rank
+        return (mean + jnp.sqrt(scale) * moved).astype(mean.dtype)
+
+    return jax.tree.map(leaf, state.mean, state.variance, low_rank_factors(state), z1)
+
+
 def swag(
-    rank: int, *, start: int | None = None, every: int | None = None
+    rank: int,
+    *,
+    start: int | None = None,
+    every: int | None = None,
+    accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SWA-Gaussian: SWA's mean, and the spread of the weights around it.
 
-    .. math::
-      \bar w = \frac1n \sum_i w_i, \qquad
-      \Sigma = \frac12 \mathrm{diag}\Big(\frac1n \sum_i w_i^2 - \bar w^2\Big)
-      + \frac{1}{2 (K - 1)} \sum_{i = n - K + 1}^{n} (w_i - \bar w_i) (w_i - \bar w_i)^\top
-
-    with :math:`\bar w_i` the mean of the first i models, and K = `rank`, or n while n is smaller.
+    .. math:: \Sigma = \tfrac12 \mathrm{diag}(\overline{w^2} - \bar w^2) + D D^\top / (2 (K - 1))
 
     Args:
-      rank: K, how many of the latest deviations to keep, >= 2. Static.
-      start: number of the first update, counted from 1, whose weights enter, >= 0; None means the
-        first. Static.
-      every: one in `every` updates from there on, >= 1; None means each. Static.
+      rank: K, how many of the latest deviations, columns of D, to keep, >= 2. Static.
+      start, every, accumulator_dtype: when a model enters, in what it adds up; see `swa`.
 
     Returns:
-      A stage to be chained last. It passes updates through unchanged, and needs `params`.
-      `flatopt.eval_params(opt_state, params)` gives the mean, `flatopt.sample_params(opt_state,
-      key)` a sample, `flatopt.swag_covariance(opt_state)` the covariance.
-
-    Raises:
-      ValueError: if an argument is out of range, or `params` is missing.
+      A stage to be chained last, as `swa`; needs `params`. See `sample_params`, `swag_covariance`.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import flatopt
-      >>> tx = optax.chain(optax.sgd(1.0), flatopt.swag(rank=2))
-      >>> params = jnp.array(0.0)
-      >>> opt_state = tx.init(params)
-      >>> for _ in range(3):  # the weights are 1, 2, 3
-      ...     updates, opt_state = tx.update(jnp.array(-1.0), opt_state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> print(flatopt.eval_params(opt_state, params))
-      2.0
-      >>> print(f"{flatopt.swag_covariance(opt_state).diagonal:.4f}")
-      0.3333
+      >>> import jax.numpy as jnp, flatopt
+      >>> stage, zero = flatopt.swag(rank=2), jnp.array(0.0)
+      >>> state = stage.init(zero)
+      >>> for w in jnp.array([1.0, 2.0, 3.0]):  # the weights after each update
+      ...     _, state = stage.update(zero, state, w)
+      >>> print(f"{state.mean:.4f} {state.variance:.4f}")
+      2.0000 0.6667
 
     References:
       Maddox, Garipov, Izmailov, Vetrov, Wilson. A Simple Baseline for Bayesian Uncertainty in Deep
       Learning. arXiv:1902.02476
 
-    Notes:
-      Place: last in its chain, as for `swa`; like it, SWAG wants a learning rate that stays high,
-      and BatchNorm statistics recomputed for each sample. Integer leaves are copied. The variance
-      is accumulated around the mean: the difference of two means of squares has no digits left in
-      float32 where weights of order 1 move by 1e-4. Gradient evaluations: none. State: 2 + `rank`
-      copies of the parameters, in float32 at least, and two integers.
+    Cost: 0 extra gradients; 2 + `rank` copies.
     """
     checks.check_count("rank", rank, 2)
 
     def init_fn(params: optax.Params) -> SwagState:
+        mean = means.zeros(params, accumulator_dtype)
         return SwagState(
             step=jnp.zeros([], jnp.int32),
             number=jnp.zeros([], jnp.int32),
-            mean=means.zeros(params),
-            variance=jax.tree.map(lambda m: jnp.zeros_like(m, m.real.dtype), means.zeros(params)),
-            deviations=_ring.empty(means.zeros(params), rank),
+            mean=mean,
+            variance=jax.tree.map(lambda m: jnp.zeros_like(m, m.real.dtype), mean),
+            deviations=_ring.empty(mean, rank),
         )
 
     def collect(state: SwagState, params: optax.Params) -> SwagState:
         number = optax.safe_increment(state.number)
         mean = means.towards(state.mean, params, 1.0 / number)
         deviations = optax.tree.sub(params, mean)
-
-        def spread(variance: jax.Array, w: jax.Array, old: jax.Array, d: jax.Array) -> Any:
-            """Welford's recursion: the new deviation times that from the old mean."""
-            product = ((w - old) * d.conj()).real
-            return (variance + (product - variance) / number).astype(variance.dtype)
-
         return SwagState(
             step=state.step,
             number=number,
             mean=mean,
-            variance=jax.tree.map(spread, state.variance, params, state.mean, deviations),
+            variance=spread(state.variance, params, state.mean, deviations, number),
             deviations=_ring.push(state.deviations, deviations, state.number),
         )
 
@@ -157,49 +149,35 @@ def swag(
 def sample_params(
     opt_state: optax.OptState,
     key: jax.Array,
+    *,
     params: optax.Params | None = None,
     scale: jax.typing.ArrayLike = 1.0,
 ) -> optax.Params:
     r"""Draws weights from the Gaussian of `swag`.
 
-    .. math::
-      w = \bar w + \sqrt{s} \, \Big( \tfrac{1}{\sqrt 2} \sigma \odot z_1
-      + \tfrac{1}{\sqrt{2 (K - 1)}} D z_2 \Big), \qquad z_1, z_2 \sim N(0, 1)
+    .. math:: w = \bar w + \sqrt s \, \big(\sigma z_1 / \sqrt 2 + D z_2 / \sqrt{2 (K - 1)}\big)
 
     Args:
       opt_state: state of any optax optimiser with one `swag` stage anywhere in it.
-      key: random key, `jax.random.key(seed)`: one for each sample.
-      params: the parameters in training: gives the dtypes, stands in for leaves that
-        `optax.masked` excludes, and is returned before the first model. None: the mean's dtypes.
+      key: random key: one for each sample. For several samples, `jax.vmap` over the keys.
+      params: those in training: gives the dtypes, stands in for leaves that `optax.masked`
+        excludes, and is returned before the first model. None: the mean's dtypes.
       scale: s, factor on the covariance, >= 0; 1 is the paper's, 0 gives the mean.
 
     Returns:
-      Tree like the parameters. For several samples, `jax.vmap` over the keys.
+      Tree like the parameters.
 
     Raises:
       ValueError: if there is no `swag` stage in `opt_state`, or more than one.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import flatopt
-      >>> tx = optax.chain(optax.sgd(1.0), flatopt.swag(rank=2))
-      >>> params = jnp.zeros(3)
-      >>> opt_state = tx.init(params)
-      >>> for _ in range(3):
-      ...     updates, opt_state = tx.update(-jnp.ones(3), opt_state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> keys = jax.random.split(jax.random.key(0), 1000)
-      >>> samples = jax.vmap(lambda key: flatopt.sample_params(opt_state, key))(keys)
-      >>> print(samples.shape, f"{jnp.mean(samples):.1f}")
-      (1000, 3) 2.0
+      >>> import jax, jax.numpy as jnp, flatopt
+      >>> stage, w = flatopt.swag(rank=2), jnp.array([1.0, 2.0])
+      >>> _, state = stage.update(jnp.zeros(2), stage.init(w), w)  # one model: no spread yet
+      >>> print(flatopt.sample_params(state, jax.random.key(0)))
+      [1. 2.]
 
-    References:
-      Maddox, Garipov, Izmailov, Vetrov, Wilson. A Simple Baseline for Bayesian Uncertainty in Deep
-      Learning. arXiv:1902.02476
-
-    Notes:
-      The factor 1/2 on both parts is part of the covariance here; in the authors' code it is its
-      argument `scale=0.5`. Costs no gradient. Recompute BatchNorm statistics for each sample.
+    Cost: 0 extra gradients; 1 copy for each sample (+2 temporaries).
     """
     state = _find(opt_state)
     key_diagonal, key_low_rank = jax.random.split(key)
@@ -210,56 +188,40 @@ def sample_params(
         for k, x in zip(keys, leaves, strict=False)
     ]
     columns = _ring.size(state.deviations)
-    sample = state.sample(
-        jax.tree.unflatten(structure, noise),
-        jax.random.normal(key_low_rank, [columns], tree_math.scalar_dtype(state.mean)),
-        scale,
-    )
+    z2 = jax.random.normal(key_low_rank, [columns], tree_math.scalar_dtype(state.mean))
+    sample = displace(state, jax.tree.unflatten(structure, noise), z2, scale)
     return sample if params is None else means.evaluated(sample, params, state.number > 0)
 
 
 def swag_covariance(opt_state: optax.OptState) -> SwagCovariance:
     r"""The covariance that `sample_params` draws with, in parts that fit into memory.
 
-    .. math::
-      \Sigma = \mathrm{diag}(\texttt{diagonal}) + \sum_k f_k f_k^\top, \qquad
+    .. math:: \Sigma = \mathrm{diag}(\texttt{diagonal}) + \sum_k f_k f_k^\top, \qquad
       \texttt{marginal} = \mathrm{diag}(\Sigma)
 
     Args:
       opt_state: state of any optax optimiser with one `swag` stage anywhere in it.
 
     Returns:
-      A `SwagCovariance`. Large marginal variances tell weights that the run did not settle; a
-      `diagonal` far from half of `marginal` tells that the latest models spread otherwise than all.
+      A `SwagCovariance`; integer leaves have variance 0, factors not yet filled are zeros.
 
     Raises:
       ValueError: if there is no `swag` stage in `opt_state`, or more than one.
 
     Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> import flatopt
-      >>> tx = optax.chain(optax.sgd(1.0), flatopt.swag(rank=2))
-      >>> params = jnp.array(0.0)
-      >>> opt_state = tx.init(params)
-      >>> for _ in range(3):  # the weights are 1, 2, 3; the last deviations 0.5 and 1
-      ...     updates, opt_state = tx.update(jnp.array(-1.0), opt_state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> covariance = flatopt.swag_covariance(opt_state)
+      >>> import jax.numpy as jnp, flatopt
+      >>> stage, zero = flatopt.swag(rank=2), jnp.array(0.0)
+      >>> state = stage.init(zero)
+      >>> for w in jnp.array([1.0, 2.0, 3.0]):  # the last deviations are 0.5 and 1
+      ...     _, state = stage.update(zero, state, w)
+      >>> covariance = flatopt.swag_covariance(state)
       >>> print(f"{covariance.diagonal:.3f} {covariance.marginal:.3f}")
       0.333 0.958
 
-    Notes:
-      Costs no gradient. Integer leaves have variance 0. Entries not yet filled are zeros.
+    Cost: 0 extra gradients; 2 + `rank` copies.
     """
     state = _find(opt_state)
-    divisor = jnp.sqrt(2.0 * jnp.maximum(state.columns() - 1, 1))
-
-    def factor(deviations: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(deviations.dtype, jnp.inexact):
-            return jnp.zeros(deviations.shape)
-        return (deviations / divisor).astype(deviations.dtype)
-
-    factors = jax.tree.map(factor, state.deviations)
+    factors = low_rank_factors(state)
     diagonal = jax.tree.map(lambda v: v / 2, state.variance)
     marginal = jax.tree.map(
         lambda d, f: d + jnp.sum(jnp.square(jnp.abs(f)), axis=0), diagonal, factors

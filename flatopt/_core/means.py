@@ -12,34 +12,19 @@ from flatopt._core import tree_math
 def zeros(params: optax.Params, dtype: Any = None) -> optax.Params:
     """A mean of no models: zeros in `dtype`, or in float32 or wider; it lies as `params` lie.
 
-    A real `dtype` stands for its complex counterpart where parameters are complex. What no mean can
-    be taken of, such as counters and random keys, is kept as it is.
+    What no mean can be taken of, such as counters and random keys, is kept as it is.
     """
 
     def leaf(param: Any) -> jax.Array:
-        own = jnp.result_type(param)
-        if not jnp.issubdtype(own, jnp.inexact):
-            return jnp.array(param, copy=True)
-        if dtype is None:
-            return jnp.zeros_like(param, tree_math.accumulator_dtype(own))
-        is_complex = jnp.issubdtype(own, jnp.complexfloating)
-        return jnp.zeros_like(
-            param, jnp.promote_types(dtype, jnp.complex64) if is_complex else dtype
-        )
+        kept = _dtype(param, dtype)
+        return jnp.array(param, copy=True) if kept is None else jnp.zeros_like(param, kept)
 
     return jax.tree.map(leaf, params)
 
 
-def copy(params: optax.Params) -> optax.Params:
-    """The parameters themselves in float32 or wider, in memory of their own."""
-
-    def leaf(param: Any) -> jax.Array:
-        own = jnp.result_type(param)
-        if not jnp.issubdtype(own, jnp.inexact):
-            return jnp.array(param, copy=True)
-        return jnp.array(param, tree_math.accumulator_dtype(own), copy=True)
-
-    return jax.tree.map(leaf, params)
+def copy(params: optax.Params, dtype: Any = None) -> optax.Params:
+    """The parameters in `dtype`, or in float32 or wider, in memory of their own."""
+    return jax.tree.map(lambda p: jnp.array(p, _dtype(p, dtype), copy=True), params)
 
 
 def towards(mean: optax.Params, params: optax.Params, share: jax.typing.ArrayLike) -> optax.Params:
@@ -89,3 +74,17 @@ def landed(target: optax.Params, params: optax.Params, updates: optax.Updates) -
         return param + update if same and jnp.issubdtype(target.dtype, jnp.inexact) else target
 
     return jax.tree.map(leaf, target, params, updates)
+
+
+def _dtype(param: Any, dtype: Any) -> Any:
+    """The dtype that a mean of `param` is kept in; None where there is no mean.
+
+    A real `dtype` stands for its complex counterpart where parameters are complex.
+    """
+    own = jnp.result_type(param)
+    if not jnp.issubdtype(own, jnp.inexact):
+        return None
+    if dtype is None:
+        return tree_math.accumulator_dtype(own)
+    is_complex = jnp.issubdtype(own, jnp.complexfloating)
+    return jnp.promote_types(dtype, jnp.complex64) if is_complex else dtype

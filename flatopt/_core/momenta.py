@@ -9,32 +9,42 @@ from flatopt._core import means, tree_math
 
 # The first moment of a step: what Momentum-SAM displaces along.
 FIRST = ("trace", "mu")
-# All memory of gradients that optax's states keep in trees like the parameters. An average of the
-# weights, or a gradient that a stage keeps for its own ends, has other names and is none.
-NAMES = frozenset(FIRST) | {"nu", "nu_max", "sum_of_squares", "e_g", "e_x"}
-NAMES |= {"m", "v", "n", "g", "prev_updates", "v_row", "v_col"}
+# All memory of gradients in optax's states, by the names of its fields. An average of the weights,
+# or a gradient that a stage keeps for its own ends, has other names and is none.
+NAMES = frozenset(FIRST) | {"nu", "nu_max", "sum_of_squares", "e_g", "e_x", "v_row", "v_col"}
+NAMES |= {"m", "v", "n", "g", "m1", "m2", "exp_avg", "exp_avg_sq", "grad_sum_sq", "step_sizes"}
+NAMES |= {"prev_updates", "previous_gradient", "diff_params_memory", "diff_updates_memory"}
+NAMES |= {"weights_memory"}
+# What belongs to a momentum beside it, and starts anew with it: counts that correct its bias, the
+# loss averaged along with it, the point that a sum of gradients or a difference is measured from.
+COMPANIONS = frozenset({"count", "t", "count_m2", "barf", "gamma", "s", "x0", "is_initial_step"})
+COMPANIONS |= {"params", "updates"}
+# Fields by which a state holds that of another optimiser: its other fields tune that optimiser.
+WRAPS = frozenset({"base_optimizer_state"})
 
 
-def reset(state: optax.OptState, fresh: optax.OptState) -> optax.OptState:
-    """`state` with its momenta as in `fresh`, a state just made; schedules go on.
+def reset(state: optax.OptState, fresh: optax.OptState, params: Any) -> optax.OptState:
+    """`state` with its momenta as in `fresh`, a state just made for `params`; schedules go on.
 
     The count beside a momentum belongs to it and starts anew too: Adam's corrects the bias of its
     momenta. Counts in other states stay, as those of learning-rate schedules, and hyperparameters.
     """
 
     def renew(name: str, own: Any, other: Any) -> Any:
-        return other if name == "count" or _is_momentum(name) else own
+        return other if name in COMPANIONS or _is_momentum(name) else own
 
-    return _walk(state, fresh, renew)
+    return _walk(state, fresh, renew, _types_in(params))
 
 
-def towards(state: optax.OptState, other: optax.OptState, share: Any) -> optax.OptState:
-    """`state` with its momenta moved by `share` of the way to those of `other`."""
+def towards(
+    state: optax.OptState, other: optax.OptState, share: Any, params: Any
+) -> optax.OptState:
+    """`state` for `params` with its momenta moved by `share` of the way to those of `other`."""
 
     def move(name: str, own: Any, others: Any) -> Any:
         return means.towards(own, others, share) if _is_momentum(name) else own
 
-    return _walk(state, other, move)
+    return _walk(state, other, move, _types_in(params))
 
 
 def find_first(state: optax.OptState, like: Any, asked_by: str) -> Any:
@@ -44,7 +54,7 @@ def find_first(state: optax.OptState, like: Any, asked_by: str) -> Any:
     """
     traces: list[Any] = []
     searched: list[str] = []
-    _collect(state, traces, searched)
+    _collect(state, traces, searched, _types_in(like))
     whole = [t for t in traces if not any(map(tree_math.is_masked, tree_math.leaves_and_masks(t)))]
     if not traces:
         names = ", ".join(dict.fromkeys(searched)) or "an empty state"
@@ -68,31 +78,47 @@ def _is_momentum(name: str) -> bool:
 def _holds_momentum(state: Any) -> bool:
     """Whether a named tuple is the state of a step with momentum."""
     names = set(getattr(state, "_fields", ()))
-    return bool(names & NAMES) or isinstance(state, optax.EmaState)
+    return isinstance(state, optax.EmaState) or bool(names & NAMES and not names & WRAPS)
 
 
-def _walk(state: Any, other: Any, change: Callable[[str, Any, Any], Any]) -> Any:
+def _types_in(params: Any) -> frozenset[type]:
+    """Named tuples that the parameters are made of: a field `mu` there is no momentum."""
+    if isinstance(params, dict):
+        parts = list(params.values())
+    else:
+        parts = list(params) if isinstance(params, tuple | list) else []
+    own = {type(params)} if hasattr(params, "_fields") else set()
+    return frozenset(own).union(*map(_types_in, parts))
+
+
+def _walk(
+    state: Any, other: Any, change: Callable[[str, Any, Any], Any], skip: frozenset[type]
+) -> Any:
     """`state` with `change(name, own, others)` for each field of a state that holds a momentum."""
     if isinstance(state, dict):
-        return type(state)({k: _walk(v, other[k], change) for k, v in state.items()})
-    if not isinstance(state, tuple | list):
+        return type(state)({k: _walk(v, other[k], change, skip) for k, v in state.items()})
+    if not isinstance(state, tuple | list) or type(state) in skip:
         return state
     names = getattr(state, "_fields", None)
     if names is None:
         pairs = zip(state, other, strict=True)
-        return type(state)([_walk(own, others, change) for own, others in pairs])
+        return type(state)([_walk(own, others, change, skip) for own, others in pairs])
     holds = _holds_momentum(state)
 
     def field(name: str, own: Any, others: Any) -> Any:
         changed = change(name, own, others) if holds else own
-        return _walk(own, others, change) if changed is own else changed
+        return _walk(own, others, change, skip) if changed is own else changed
 
     fields = zip(names, state, other, strict=True)
     return type(state)(*(field(*entry) for entry in fields))
 
 
-def _collect(state: Any, traces: list[Any], searched: list[str]) -> None:
+def _collect(
+    state: Any, traces: list[Any], searched: list[str], skip: frozenset[type] = frozenset()
+) -> None:
     """Appends the first moments below `state` to `traces`, and the states' names to `searched`."""
+    if type(state) in skip:
+        return
     if isinstance(state, tuple) and hasattr(state, "_fields"):
         searched.append(type(state).__name__)
         for name in (*FIRST, *(["ema"] if isinstance(state, optax.EmaState) else [])):
@@ -102,4 +128,4 @@ def _collect(state: Any, traces: list[Any], searched: list[str]) -> None:
     children = state.values() if isinstance(state, dict) else state
     if isinstance(children, tuple | list) or isinstance(state, dict):
         for child in children:
-            _collect(child, traces, searched)
+            _collect(child, traces, searched, skip)

@@ -65,6 +65,15 @@ class Every:
         # A counter that has stopped tells nothing about the period.
         return (step >= self.start) & ((step - self.start) % self.every == 0) & (step < LAST)
 
+    @property
+    def begin(self) -> int:
+        """Number of updates made when the first period begins; it ends when the method acts."""
+        return min(self.start - self.every, LAST)
+
+    def turns_before(self, step: jax.Array) -> jax.Array:
+        """How often the method has acted before, if it acts when `step` updates have been made."""
+        return (step - min(self.start, LAST)) // min(self.every, LAST)
+
     def run(self, step: jax.Array, function: Callable[[Any], Any], carry: Any) -> Any:
         """`function(carry)`, which must look like `carry`, if it is due; else `carry`."""
         if self.always:
