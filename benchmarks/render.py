@@ -23,8 +23,8 @@ from benchmarks import (
     step_time,
     whole_run,
 )
+from benchmarks.compare.report import Estimate
 from examples import perceptron
-from examples.report import Estimate
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"

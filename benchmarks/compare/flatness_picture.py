@@ -7,8 +7,8 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from examples.flatness import Surface
-from examples.picture import STYLE
+from benchmarks.compare.flatness import Surface
+from benchmarks.compare.picture import STYLE
 from flatopt import measures, plots
 
 

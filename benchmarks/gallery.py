@@ -1,4 +1,4 @@
-"""The pictures of `docs/measures.md`: `python -m examples.gallery` draws them anew.
+"""The pictures of `docs/measures.md`: `python -m benchmarks.gallery` draws them anew.
 
 Two small networks on scikit-learn's digits, each method on both; takes a minute or two.
 """
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import flatopt
-from examples import datasets
+from benchmarks.compare import datasets
 from examples.models.mlp import MLP
 from flatopt import curves, landscape, measures, plots
 

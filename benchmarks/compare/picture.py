@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
-from examples.report import Arm, Estimate
-from examples.training import LINE_POSITIONS
+from benchmarks.compare.report import Arm, Estimate
+from benchmarks.compare.training import LINE_POSITIONS
 from flatopt.plots import COLOURS
 
 # Shapes and dashes too, so that points and lines that coincide can be told apart.

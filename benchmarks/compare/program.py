@@ -1,6 +1,6 @@
 """Compares the methods on real images: a table, a picture and, if wanted, all numbers as JSON.
 
-Run it with `python -m examples.compare`; `--help` lists the flags.
+Run it with `python -m benchmarks.compare`; `--help` lists the flags.
 """
 
 import argparse
@@ -16,18 +16,18 @@ import numpy as np
 from tqdm import tqdm
 
 import flatopt
-from examples import (
+from benchmarks import provenance
+from benchmarks.compare import (
     arguments,
     batch_norm,
     datasets,
     flatness,
     flatness_picture,
     picture,
-    provenance,
     report,
     training,
 )
-from examples.methods import BASELINE, METHODS, Method, Setting
+from benchmarks.compare.methods import BASELINE, METHODS, Method, Setting
 from examples.models.mlp import MLP
 
 PICTURE, FLATNESS_PICTURE = "compare.png", "flatness.png"
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print()
     print(_notes(arms, args, machine))
     results = {
-        "command": ["python", "-m", "examples.compare", *command],
+        "command": ["python", "-m", "benchmarks.compare", *command],
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "versions": provenance.versions(),
         "machine": machine,
@@ -218,7 +218,3 @@ def _notes(arms: Sequence[report.Arm], args: argparse.Namespace, machine: dict[s
 
 def _seeds(number: int) -> str:
     return f"{number} seed" if number == 1 else f"{number} seeds"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
