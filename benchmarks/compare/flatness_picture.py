@@ -1,4 +1,4 @@
-"""The second picture: spectral densities, and the loss in the plane through three solutions."""
+"""The second picture: the Hessian's spectra, and the loss in the plane through three solutions."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,27 +8,30 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.compare.flatness import Surface
-from benchmarks.compare.picture import STYLE
+from benchmarks.compare.picture import LINES
 from flatopt import measures, plots
+from flatopt.plots import STYLE
 
 
 def draw(
     densities: Mapping[str, measures.SpectralDensity],
     surface: Surface | None,
+    num_params: int,
     title: str,
     path: Path,
 ) -> None:
     """Writes the picture to `path` as PNG."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12, 5.2) if surface else (6.5, 5.2), layout="constrained")
+        figure = Figure(figsize=(10.5, 4.6) if surface else (6.5, 4.6), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, 2 if surface else 1, squeeze=False)[0]
-        plots.density(densities, panels[0])
-        panels[0].set_title("Density of the Hessian's eigenvalues", fontsize=11)
+        plots.spectrum(dict(list(densities.items())[:LINES]), panels[0], num_params=num_params)
+        panels[0].set_title(f"How many of {num_params} Hessian eigenvalues exceed a size")
+        panels[0].set_xlabel("size of the eigenvalue")
         if surface is not None:
             plots.contours(
                 surface.xs, surface.ys, surface.losses, panels[1], points=surface.corners
             )
-            panels[1].set_title("Training loss in the plane through three solutions", fontsize=11)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-        figure.savefig(path, dpi=150, format="png")
+            panels[1].set_title("Training loss in the plane of three")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
+        figure.savefig(path, dpi=150, format="png", metadata={"Software": None})

@@ -180,7 +180,8 @@ def _draw_flatness(networks: dict[str, Any], task: training.Task, title: str, pa
     densities = {name: flatness.density(task.loss_on, p, data) for name, p in sound.items()}
     corners = dict(list(sound.items())[:3])
     surface = flatness.surface(task.loss_on, corners, data) if len(corners) == 3 else None
-    flatness_picture.draw(densities, surface, title, path)
+    num_params = sum(leaf[0].size for leaf in jax.tree.leaves(task.initial_params))
+    flatness_picture.draw(densities, surface, num_params, title, path)
 
 
 @contextlib.contextmanager
