@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
 from matplotlib.figure import Figure
 
 import flatopt
+from flatopt.plots import COLOURS, STYLE
 
 INPUTS = 101
 SHARPNESS = 2.0  # Of the hidden units: tanh(SHARPNESS * field), with fields of order 1.
@@ -271,7 +273,8 @@ def _mean_and_error(values: Any) -> str:
 
 def make_figure(arms: Sequence[dict[str, Any]]) -> Figure:
     """Local energy and share of solutions around what each method found, one row a machine."""
-    styles = dict(zip(ARMS, [("k", "-"), ("C0", "--"), ("C1", "-."), ("0.6", ":")], strict=True))
+    looks = [(COLOURS[0], "-"), (COLOURS[1], "--"), (COLOURS[2], "-."), ("0.55", ":")]
+    styles = dict(zip(ARMS, looks, strict=True))
     names = list(dict.fromkeys(arm["machine"] for arm in arms))
     figure = Figure(figsize=(10, 3.6 * len(names)), layout="constrained")
     axes = figure.subplots(len(names), 2, squeeze=False)
@@ -288,13 +291,25 @@ def make_figure(arms: Sequence[dict[str, Any]]) -> Figure:
                     where, values.mean(0), error, color=colour, linestyle=dashes, label=label
                 )
         row[0].set(
-            title=f"{name}: rise of the training errors",
+            title=f"{name.capitalize()}: rise of the training errors under noise",
             xlabel="sigma of the multiplicative noise",
             ylabel="local energy",
         )
-        row[1].set(title=f"{name}: solutions nearby", xlabel="relative distance", ylabel="share")
-        row[0].legend(frameon=False)
+        row[1].set(
+            title=f"{name.capitalize()}: solutions nearby",
+            xlabel="relative distance",
+            ylabel="share",
+        )
+        row[0].set_ylim(bottom=0)
+    axes[0, 0].legend()
     return figure
+
+
+def draw(arms: Sequence[dict[str, Any]], path: Path) -> None:
+    """Writes the picture to `path` as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        make_figure(arms).savefig(path, dpi=130, metadata={"Software": None})
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -316,8 +331,7 @@ def run(settings: argparse.Namespace) -> list[dict[str, Any]]:
         measure(machine, *arm, settings) for machine in settings.machines.split(",") for arm in ARMS
     ]
     print(table(arms))
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    make_figure(arms).savefig(settings.out, dpi=130)
+    draw(arms, settings.out)
     return arms
 
 

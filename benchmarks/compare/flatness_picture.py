@@ -26,12 +26,12 @@ def draw(
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, 2 if surface else 1, squeeze=False)[0]
         plots.spectrum(dict(list(densities.items())[:LINES]), panels[0], num_params=num_params)
-        panels[0].set_title(f"How many of {num_params} Hessian eigenvalues exceed a size")
+        panels[0].set_title(f"Hessian eigenvalues above a size, of {num_params}")
         panels[0].set_xlabel("size of the eigenvalue")
         if surface is not None:
             plots.contours(
                 surface.xs, surface.ys, surface.losses, panels[1], points=surface.corners
             )
-            panels[1].set_title("Training loss in the plane of three")
+            panels[1].set_title("Training loss in the plane of three solutions")
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
         figure.savefig(path, dpi=150, format="png", metadata={"Software": None})

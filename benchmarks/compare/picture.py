@@ -14,19 +14,30 @@ from benchmarks.compare.training import LINE_POSITIONS
 from flatopt import plots
 from flatopt.plots import COLOURS, STYLE
 
+TITLE = ("dataset", "train_size", "seeds", "steps")
 LINES = 4  # More than the first so many methods cannot be told apart.
 OTHERS = "0.45"  # The colour of the methods that have no line.
 WIDTH, ROW, FRAME = 10.5, 0.34, 2.0  # In inches: of the figure, of a method, of what is around.
 
 
-def draw(arms: Sequence[Arm], title: str, path: Path) -> None:
+def title(dataset: str, train_size: int, seeds: int, steps: int) -> str:
+    """What was run, from the settings named in `TITLE`."""
+    return f"{dataset}, {train_size} training images, {seeds_in_words(seeds)}, {steps} steps"
+
+
+def seeds_in_words(number: int) -> str:
+    """Such as "1 seed"."""
+    return f"{number} seed" if number == 1 else f"{number} seeds"
+
+
+def draw(arms: Sequence[Arm], heading: str, path: Path) -> None:
     """Writes the picture to `path` as PNG."""
     with matplotlib.rc_context(STYLE):
-        figure = make_figure(arms, title)
+        figure = make_figure(arms, heading)
         figure.savefig(path, dpi=150, format="png", metadata={"Software": None})
 
 
-def make_figure(arms: Sequence[Arm], title: str) -> Figure:
+def make_figure(arms: Sequence[Arm], heading: str) -> Figure:
     """Lays out the three panels; a method is a row of the first two."""
     names = list(dict.fromkeys(arm.method for arm in arms))
     colours = {name: COLOURS[i] if i < LINES else OTHERS for i, name in enumerate(names)}
@@ -37,7 +48,7 @@ def make_figure(arms: Sequence[Arm], title: str) -> Figure:
     _draw_sharpness(sharpness, arms, names, colours)
     full = [arm for arm in arms if not arm.equal_gradients and is_finite(arm)]
     _draw_lines(lines, full[:LINES], colours)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=13, weight="bold")
     _explain(figure, arms)
     return figure
 

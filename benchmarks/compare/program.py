@@ -152,10 +152,7 @@ def _write(
     results: dict[str, Any],
 ) -> None:
     """Writes the pictures and the JSON file."""
-    title = (
-        f"{args.dataset}, {args.train_size} training images, {_seeds(args.seeds)}, "
-        f"{args.steps} steps"
-    )
+    title = picture.title(**{name: getattr(args, name) for name in picture.TITLE})
     args.out.mkdir(parents=True, exist_ok=True)
     with _whole_file(args.out / PICTURE) as part:
         picture.draw(arms, title, part)
@@ -198,7 +195,8 @@ def _whole_file(path: Path) -> Iterator[Path]:
 def _notes(arms: Sequence[report.Arm], args: argparse.Namespace, machine: dict[str, Any]) -> str:
     """How to read the table, and what it was measured on."""
     notes = [
-        f"Means over {_seeds(args.seeds)} ± standard error; differences are paired by seed.",
+        f"Means over {picture.seeds_in_words(args.seeds)} ± standard error; differences are paired "
+        "by seed.",
         "gradients: evaluations of one seed, counted. run s: all seeds together, not compiling.",
     ]
     if any(arm.equal_gradients for arm in arms):
@@ -215,7 +213,3 @@ def _notes(arms: Sequence[report.Arm], args: argparse.Namespace, machine: dict[s
         f"jax {jax.__version__}, flatopt {flatopt.__version__}."
     )
     return "\n".join(notes)
-
-
-def _seeds(number: int) -> str:
-    return f"{number} seed" if number == 1 else f"{number} seeds"
