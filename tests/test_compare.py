@@ -1,7 +1,8 @@
-"""The comparison of `examples`: tiny whole runs, bad arguments, and what it measures."""
+"""The comparison of the methods: tiny whole runs, bad arguments, and what it measures."""
 
 import itertools
 import json
+import re
 import urllib.error
 
 import jax
@@ -11,17 +12,15 @@ import numpy as np
 import optax
 import pytest
 import sklearn.datasets
-from matplotlib.text import Text
 
 import flatopt
-from examples import (
+from benchmarks.compare import (
     batch_norm,
-    compare,
     datasets,
-    fge,
     flatness,
     methods,
     picture,
+    program,
     report,
     training,
 )
@@ -44,7 +43,7 @@ def small_task(monkeypatch):
 
 def _run(arguments, path):
     assert (
-        compare.main([*arguments, "--out", str(path / "out"), "--json", str(path / "r.json")]) == 0
+        program.main([*arguments, "--out", str(path / "out"), "--json", str(path / "r.json")]) == 0
     )
     return json.loads((path / "r.json").read_text())
 
@@ -117,6 +116,9 @@ def test_whole_run(tmp_path, capsys):
     ]
 
     lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"All of it took \d+ s, \d+ CPUs, with compilation and pictures.", lines[-1]
+    )
     assert lines[0].startswith("method")
     assert [line.split()[0] for line in lines[2:7]] == ["sgd", "sam", "swa", "msam", "sam*"]
 
@@ -243,7 +245,7 @@ def _write_images(path, **changes):
 def _refused(arguments, path, capsys):
     before = sorted(path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        compare.main(arguments)
+        program.main(arguments)
     assert stop.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -345,7 +347,7 @@ def test_download(monkeypatch):
 
 def test_interrupted_write_leaves_nothing(tmp_path):
     def write():
-        with compare._whole_file(tmp_path / "file") as part:
+        with program._whole_file(tmp_path / "file") as part:
             part.write_text("half")
             raise OSError("disk full")
 
@@ -363,14 +365,14 @@ def test_pixels_become_inputs(tmp_path):
     with np.load(tmp_path / "tiny.npz") as file:
         x_train, x_test = file["x_train"], file["x_test"]
     np.testing.assert_array_equal(dataset.images[30:], x_test.reshape(9, -1))
-    task = training.Task(compare.MLP(), dataset, datasets.split(dataset, [0], 5), [0])
+    task = training.Task(program.MLP(), dataset, datasets.split(dataset, [0], 5), [0])
     inputs = task.inputs(task.images[:30])
     np.testing.assert_allclose([inputs.mean(), inputs.std()], [0, 1], atol=1e-5)
     expected = (x_train[0].ravel() - x_train.mean()) / x_train.std()
     np.testing.assert_allclose(inputs[0], expected, rtol=1e-4, atol=1e-5)
 
     digits = datasets.load("digits", None)
-    task = training.Task(compare.MLP(), digits, datasets.split(digits, [0], 5), [0])
+    task = training.Task(program.MLP(), digits, datasets.split(digits, [0], 5), [0])
     inputs = task.inputs(task.images)
     assert (inputs.min(), inputs.max()) == (0, 1)
 
@@ -446,7 +448,7 @@ def test_fresh_batches_are_drawn_for_extra_gradients_only():
     dataset = datasets.load("digits", None)
     split = datasets.split(dataset, [0, 1], 40)
     batches = datasets.batches(split, [0, 1], 5, 8)
-    task = training.Task(compare.MLP(), dataset, split, [0, 1])
+    task = training.Task(program.MLP(), dataset, split, [0, 1])
     sam = optax.chain(flatopt.sam(0.2), optax.sgd(0.1))
     for tx, equal in ((optax.sgd(0.1), True), (sam, False)):
         runs = [training.train(task, tx, batches, fresh_batches=fresh) for fresh in (False, True)]
@@ -463,7 +465,7 @@ def test_training_is_the_plain_loop():
     dataset = datasets.load("digits", None)
     split = datasets.split(dataset, [0, 1], 40)
     batches = datasets.batches(split, [0, 1], 5, 8)
-    task = training.Task(compare.MLP(), dataset, split, [0, 1])
+    task = training.Task(program.MLP(), dataset, split, [0, 1])
     tx = optax.chain(flatopt.sam(0.2), optax.sgd(0.1, momentum=0.9), flatopt.swa(start=3))
     progress = []
     trained = training.train(task, tx, batches, progress.append)
@@ -510,7 +512,7 @@ def test_flatness_of_a_quadratic():
 
 def test_the_barrier_is_that_to_the_next_seed():
     dataset = datasets.load("digits", None)
-    task = training.Task(compare.MLP(), dataset, datasets.split(dataset, [0, 1, 2], 40), [0, 1, 2])
+    task = training.Task(program.MLP(), dataset, datasets.split(dataset, [0, 1, 2], 40), [0, 1, 2])
     scores = task.score(task.initial_params)
     x, labels = task.first_seed()
     first, second = (jax.tree.map(lambda leaf, i=i: leaf[i], task.initial_params) for i in (0, 1))
@@ -571,37 +573,39 @@ def test_diverged_runs_are_reported_not_hidden(tmp_path):
 
 def test_diverged_networks_are_left_out_of_the_second_picture(tmp_path):
     dataset = datasets.load("digits", None)
-    task = training.Task(compare.MLP(), dataset, datasets.split(dataset, [0], 40), [0])
+    task = training.Task(program.MLP(), dataset, datasets.split(dataset, [0], 40), [0])
     params = jax.tree.map(lambda leaf: leaf[0], task.initial_params)
     lost = jax.tree.map(lambda leaf: leaf * np.nan, params)
-    compare._draw_flatness({"sgd": params, "sam": lost}, task, "title", tmp_path / "p.png")
+    program._draw_flatness({"sgd": params, "sam": lost}, task, "title", tmp_path / "p.png")
     assert matplotlib.image.imread(tmp_path / "p.png").std() > 0
-    compare._draw_flatness({"sam": lost}, task, "title", tmp_path / "p.png")
+    program._draw_flatness({"sam": lost}, task, "title", tmp_path / "p.png")
 
 
-def test_labels_do_not_overlap():
-    crowd = [_arm(f"method {i}", (0.5, 0.5), top_eigenvalue=np.full(2, 2.0)) for i in range(9)]
-    figure = picture.make_figure([*crowd, _arm("far", (0.6, 0.6))], "title")
-    renderer = figure.canvas.get_renderer()
-    labels = [t for t in figure.axes[0].texts if t.get_text().startswith(("method", "far"))]
-    figure.draw_without_rendering()
-    # The parent's method: an annotation's own extent includes the line to its point.
-    boxes = [Text.get_window_extent(label, renderer) for label in labels]
-    assert len(boxes) == 10
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+def test_every_method_of_the_picture_has_a_row_of_its_own():
+    """Also where two have the same numbers, and where there are more methods than colours."""
+    arms = [_arm(f"method {i}") for i in range(12)] + [_arm("method 1", equal_gradients=True)]
+    figure = picture.make_figure(arms, "title")
+    gains, sharpness, lines = figure.axes
+    assert [t.get_text() for t in gains.get_yticklabels()] == [f"method {i}" for i in range(12)]
+    for axes in (gains, sharpness):
+        dots = [line for line in axes.lines if line.get_marker() == "o"]
+        heights = [float(line.get_ydata()[0]) for line in dots]
+        assert len(set(heights)) == len(arms)
+        # The shortened run is open, and stands between its method and the next.
+        assert dots[-1].get_markerfacecolor() == "white"
+        assert 1 < heights[-1] < 2
+    assert len(lines.lines) == picture.LINES
 
 
-# The other example
-
-
-def test_fast_geometric_ensembling(capsys):
-    accuracy = fge.run(seeds=2, epochs=1, cycles=2)
-    assert list(accuracy) == ["last model", "mean of models", "ensemble"]
-    for own in accuracy.values():
-        assert own.shape == (2,)
-        assert ((own > 0.2) & (own <= 1)).all()  # Better than chance after one epoch.
-    assert fge.main(["--seeds", "2", "--epochs", "1", "--cycles", "2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[2:5]] == list(accuracy)
-    with pytest.raises(SystemExit):
-        fge.main(["--seeds", "0"])
+def test_a_picture_can_be_drawn_from_a_results_file():
+    arms = [_arm("sgd"), _arm("sam", (0.25, 0.75), equal_gradients=True)]
+    arms.append(_arm("lost", train_loss=np.full(2, np.nan)))
+    again = report.from_json(json.loads(json.dumps(report.to_json(arms, arms[0]))))
+    for arm, other in zip(arms, again, strict=True):
+        assert (arm.label, arm.steps, arm.gradient_evaluations) == (
+            other.label, other.steps, other.gradient_evaluations,
+        )  # fmt: skip
+        for name in ("accuracy", "train_loss", "top_eigenvalue", "barrier"):
+            np.testing.assert_array_equal(getattr(arm, name), getattr(other, name))
+        np.testing.assert_array_equal(np.mean(arm.line, axis=0), other.line[0])
+    assert picture.title("digits", 300, 1, 10) == "digits, 300 training images, 1 seed, 10 steps"

@@ -1,12 +1,13 @@
 """Compares the methods on real images: a table, a picture and, if wanted, all numbers as JSON.
 
-Run it with `python -m examples.compare`; `--help` lists the flags.
+Run it with `python -m benchmarks.compare`; `--help` lists the flags.
 """
 
 import argparse
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,18 +17,18 @@ import numpy as np
 from tqdm import tqdm
 
 import flatopt
-from examples import (
+from benchmarks import provenance
+from benchmarks.compare import (
     arguments,
     batch_norm,
     datasets,
     flatness,
     flatness_picture,
     picture,
-    provenance,
     report,
     training,
 )
-from examples.methods import BASELINE, METHODS, Method, Setting
+from benchmarks.compare.methods import BASELINE, METHODS, Method, Setting
 from examples.models.mlp import MLP
 
 PICTURE, FLATNESS_PICTURE = "compare.png", "flatness.png"
@@ -36,6 +37,7 @@ PICTURE, FLATNESS_PICTURE = "compare.png", "flatness.png"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     command = list(sys.argv[1:] if argv is None else argv)
+    began = time.perf_counter()
     args, dataset = arguments.parse(command)
     arms, networks, task = compare(args, dataset)
     second = _second_table(args, dataset)
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print()
     print(_notes(arms, args, machine))
     results = {
-        "command": ["python", "-m", "examples.compare", *command],
+        "command": ["python", "-m", "benchmarks.compare", *command],
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "versions": provenance.versions(),
         "machine": machine,
@@ -61,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _write(args, arms, networks, task, results)
     except OSError as error:
         arguments.fail(f"the results cannot be written: {error}")
+    seconds = time.perf_counter() - began
+    print(f"All of it took {seconds:.0f} s, {machine['cpus']} CPUs, with compilation and pictures.")
     return 0
 
 
@@ -69,7 +73,10 @@ def _second_table(args: argparse.Namespace, dataset: datasets.Dataset) -> batch_
     if batch_norm.NAME not in args.methods:
         return None
     steps = min(args.steps, batch_norm.MOST_STEPS)
-    return batch_norm.study(dataset, list(range(args.seeds)), steps, args.train_size)
+    with tqdm(total=steps, unit="step", desc=batch_norm.NAME, leave=False) as bar:
+        return batch_norm.study(
+            dataset, list(range(args.seeds)), steps, args.train_size, bar.update
+        )
 
 
 class _Plan(NamedTuple):
@@ -130,7 +137,9 @@ def _plan(args: argparse.Namespace) -> list[_Plan]:
         count = training.count_gradients(method.build(_setting(args, steps)), steps)
         return _Plan(method, equal_gradients, steps, count)
 
-    full = [entry(name, False, args.steps) for name in args.methods if name in METHODS]
+    names = [name for name in args.methods if name in METHODS]
+    counted = tqdm(names, desc="counting gradients", leave=False)
+    full = [entry(name, False, args.steps) for name in counted]
     budget = full[0].gradient_evaluations
     shortened = [
         entry(plan.method.name, True, plan.steps * budget // plan.gradient_evaluations)
@@ -152,10 +161,7 @@ def _write(
     results: dict[str, Any],
 ) -> None:
     """Writes the pictures and the JSON file."""
-    title = (
-        f"{args.dataset}, {args.train_size} training images, {_seeds(args.seeds)}, "
-        f"{args.steps} steps"
-    )
+    title = picture.title(**{name: getattr(args, name) for name in picture.TITLE})
     args.out.mkdir(parents=True, exist_ok=True)
     with _whole_file(args.out / PICTURE) as part:
         picture.draw(arms, title, part)
@@ -177,10 +183,12 @@ def _draw_flatness(networks: dict[str, Any], task: training.Task, title: str, pa
 
     data = task.first_seed()
     sound = {name: params for name, params in networks.items() if fine(params)}
-    densities = {name: flatness.density(task.loss_on, p, data) for name, p in sound.items()}
+    shown = tqdm(list(sound)[: picture.LINES], desc="spectra", leave=False)
+    densities = {name: flatness.density(task.loss_on, sound[name], data) for name in shown}
     corners = dict(list(sound.items())[:3])
     surface = flatness.surface(task.loss_on, corners, data) if len(corners) == 3 else None
-    flatness_picture.draw(densities, surface, title, path)
+    num_params = sum(leaf[0].size for leaf in jax.tree.leaves(task.initial_params))
+    flatness_picture.draw(densities, surface, num_params, title, path)
 
 
 @contextlib.contextmanager
@@ -197,7 +205,8 @@ def _whole_file(path: Path) -> Iterator[Path]:
 def _notes(arms: Sequence[report.Arm], args: argparse.Namespace, machine: dict[str, Any]) -> str:
     """How to read the table, and what it was measured on."""
     notes = [
-        f"Means over {_seeds(args.seeds)} ± standard error; differences are paired by seed.",
+        f"Means over {picture.seeds_in_words(args.seeds)} ± standard error; differences are paired "
+        "by seed.",
         "gradients: evaluations of one seed, counted. run s: all seeds together, not compiling.",
     ]
     if any(arm.equal_gradients for arm in arms):
@@ -214,11 +223,3 @@ def _notes(arms: Sequence[report.Arm], args: argparse.Namespace, machine: dict[s
         f"jax {jax.__version__}, flatopt {flatopt.__version__}."
     )
     return "\n".join(notes)
-
-
-def _seeds(number: int) -> str:
-    return f"{number} seed" if number == 1 else f"{number} seeds"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
