@@ -1,0 +1,80 @@
+"""How Sphinx makes the site: `make docs`."""
+
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import _tables  # noqa: E402
+from _mathml import add_math  # noqa: E402
+
+import flatopt  # noqa: E402
+
+REPOSITORY = "https://github.com/flatopt/flatopt"
+
+project = "flatopt"
+author = "the flatopt developers"
+version = release = flatopt.__version__
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["_build"]
+templates_path: list[str] = []
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+# CHANGELOG.md and CONTRIBUTING.md stand on pages of their own, below a heading of the page.
+suppress_warnings = ["myst.header"]
+
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_custom_sections = ["Cost"]
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+add_module_names = False
+python_maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
+
+html_theme = "furo"
+html_title = "flatopt"
+html_static_path = ["_static"]
+html_css_files = ["flatopt.css"]
+html_theme_options = {
+    "source_repository": REPOSITORY,
+    "source_branch": "main",
+    "source_directory": "docs/",
+    "top_of_page_buttons": [],
+}
+html_show_sourcelink = False
+html_copy_source = False
+html_math_renderer = "mathml"
+copybutton_exclude = ".linenos, .gp, .go"
+
+# What leads out of docs/ leads into the repository.
+_OUTWARDS = re.compile(r"(?<!!)(\[[^\]]*\])\((?:\.\./)+(?!CHANGELOG|CONTRIBUTING)([^)]+)\)")
+
+
+def read_source(app, docname, content):  # noqa: ARG001
+    """Fills in the tables and the reference, and turns links that leave the site."""
+    text = _tables.fill(content[0])
+    content[0] = _OUTWARDS.sub(rf"\1({REPOSITORY}/blob/main/\2)", text)
+
+
+def shorten_signature(app, what, name, obj, options, signature, returns):  # noqa: ARG001
+    """Unions that everybody knows by a name get that name again."""
+    return _tables.shorten(signature), _tables.shorten(returns)
+
+
+def setup(app):
+    """Connects the above."""
+    app.connect("source-read", read_source)
+    app.connect("include-read", lambda app, path, docname, content: read_source(app, docname, content))
+    app.connect("autodoc-process-signature", shorten_signature)
+    add_math(app)
