@@ -1,7 +1,7 @@
 """Tables and reference pages, made from `tests/cases.py`, the docstrings and the public names.
 
-A page says `<!-- methods: sam -->` for the table of a family, `<!-- pieces: sam -->` for that of what
-its methods consist of, `<!-- reference: sam -->` for the documentation of its public names, and
+A page says `<!-- methods: sam -->` for the table of a family, `<!-- pieces: sam -->` for that of
+what its methods consist of, `<!-- reference: sam -->` for the documentation of its names, and
 `<!-- names -->` for the list of all. A new method appears on all of them by itself.
 """
 
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import optax
-from sphinx.util.typing import stringify_annotation
 
 import flatopt
 from tests import cases
@@ -110,6 +109,8 @@ def names() -> str:
 
 def shorten(text: str | None) -> str | None:
     """A signature with the names of the unions in it instead of what they consist of."""
+    from sphinx.util.typing import stringify_annotation  # Tests come without it.
+
     if text is None:
         return None
     for annotation, alias in _ALIASES.items():

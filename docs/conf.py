@@ -7,10 +7,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import _tables  # noqa: E402
-from _mathml import add_math  # noqa: E402
+import _tables
+from _mathml import add_math
 
-import flatopt  # noqa: E402
+import flatopt
 
 REPOSITORY = "https://github.com/flatopt/flatopt"
 
@@ -61,13 +61,13 @@ copybutton_exclude = ".linenos, .gp, .go"
 _OUTWARDS = re.compile(r"(?<!!)(\[[^\]]*\])\((?:\.\./)+(?!CHANGELOG|CONTRIBUTING)([^)]+)\)")
 
 
-def read_source(app, docname, content):  # noqa: ARG001
+def read_source(app, docname, content):
     """Fills in the tables and the reference, and turns links that leave the site."""
     text = _tables.fill(content[0])
     content[0] = _OUTWARDS.sub(rf"\1({REPOSITORY}/blob/main/\2)", text)
 
 
-def shorten_signature(app, what, name, obj, options, signature, returns):  # noqa: ARG001
+def shorten_signature(app, what, name, obj, options, signature, returns):
     """Unions that everybody knows by a name get that name again."""
     return _tables.shorten(signature), _tables.shorten(returns)
 
@@ -75,6 +75,8 @@ def shorten_signature(app, what, name, obj, options, signature, returns):  # noq
 def setup(app):
     """Connects the above."""
     app.connect("source-read", read_source)
-    app.connect("include-read", lambda app, path, docname, content: read_source(app, docname, content))
+    app.connect(
+        "include-read", lambda app, path, docname, content: read_source(app, docname, content)
+    )
     app.connect("autodoc-process-signature", shorten_signature)
     add_math(app)

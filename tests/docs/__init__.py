@@ -1,0 +1,1 @@
+"""README, the pages of the documentation, and the demands that they answer."""
