@@ -139,31 +139,42 @@ def _first_cases(name: str) -> Iterator[cases.Case]:
 
 def _table(rows: Iterable[cases.Case]) -> str:
     rows = list(rows)
+    whole = any(case.kind not in PIECES for case in rows)  # A piece takes no gradient itself.
     formulas = any(getattr(case, "formula", "") for case in rows)
-    head = ["method", "what it does", *["formula"] * formulas, "cost", "`grad_fn`"]
+    head = ["method" if whole else "piece", "what it does"]
+    head += ["formula"] * formulas + ["cost"] + ["`grad_fn`"] * whole
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for case in rows:
         function = getattr(flatopt, case.factory)
         formula = getattr(case, "formula", "")
         cells = [f"{{py:func}}`~flatopt.{case.factory}`", _summary(function)]
         cells += [f"${formula}$" if formula else ""] * formulas
-        cells += [_cost(function, case), "yes" if case.needs_grad_fn else "no"]
+        cells += [_cost(function, case)]
+        cells += ["yes" if case.needs_grad_fn else "no"] * whole
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _summary(function: Callable[..., typing.Any]) -> str:
-    first = (inspect.getdoc(function) or "").split("\n\n")[0]
-    return " ".join(first.split()).replace("|", r"\|")
+def _summary(value: typing.Any) -> str:
+    """The first line of a docstring."""
+    return _to_markdown((inspect.getdoc(value) or "").split("\n\n")[0])
+
+
+def _to_markdown(text: str) -> str:
+    """One line of a docstring, for a cell of a table."""
+    text = re.sub(r":math:`([^`]*)`", r"$\1$", " ".join(text.split()))
+    return text.replace(r"\|", r"\Vert ").replace("|", r"\|")
 
 
 def _cost(function: Callable[..., typing.Any], case: cases.Case) -> str:
     """The docstring's own line, or what the tests count."""
     section = re.search(r"^Cost:\n\s+(.*?)(?:\n\n|\Z)", inspect.getdoc(function) or "", re.M | re.S)
     if section:
-        return " ".join(section[1].split()).rstrip(".").replace("|", r"\|")
-    gradients, copies = case.extra_evaluations / 10, max(case.copies, 0)
-    return f"{gradients:g} extra gradient{'' if gradients == 1 else 's'}; {copies:g} copies"
+        return _to_markdown(section[1]).rstrip(".")
+    gradients, copies = case.extra_evaluations / 10, f"{max(case.copies, 0):g} copies"
+    if case.kind in PIECES:
+        return copies
+    return f"{gradients:g} extra gradient{'' if gradients == 1 else 's'}; {copies}"
 
 
 def _directive(name: str, value: typing.Any) -> Iterator[str]:

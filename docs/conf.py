@@ -15,7 +15,7 @@ import flatopt
 REPOSITORY = "https://github.com/flatopt/flatopt"
 
 project = "flatopt"
-author = "the flatopt developers"
+author = copyright = "the flatopt developers"
 version = release = flatopt.__version__
 extensions = [
     "myst_parser",
@@ -24,6 +24,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
+default_role = "py:obj"
 exclude_patterns = ["_build"]
 templates_path: list[str] = []
 
