@@ -5,15 +5,14 @@ what its methods consist of, `<!-- reference: sam -->` for the documentation of 
 `<!-- names -->` for the list of all. A new method appears on all of them by itself.
 """
 
+import ast
 import importlib
 import inspect
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
-
-import jax
-import optax
 
 import flatopt
 from tests import cases
@@ -34,13 +33,6 @@ MODULE_PAGES = {"landscape": "curves", "plots": "curves", "linen": "loops", "nnx
 }
 PIECES = {"perturbation", "direction", "combiner"}
 _MARK = re.compile(r"<!-- (methods|pieces|reference|names)(?:: (\w+))? -->")
-_ALIASES = {
-    optax.ScalarOrSchedule: "ScalarOrSchedule",
-    optax.OptState: "OptState",
-    optax.Params: "Params",
-    optax.Updates: "Updates",
-    jax.typing.ArrayLike: "ArrayLike",
-}
 
 
 def fill(page: str) -> str:
@@ -55,7 +47,7 @@ def public(module: types.ModuleType) -> dict[str, typing.Any]:
         name: value
         for name, value in vars(module).items()
         if not name.startswith("_")
-        and not isinstance(value, types.ModuleType)
+        and (inspect.isfunction(value) or inspect.isclass(value))
         and getattr(value, "__module__", "").startswith(
             "flatopt." if module.__name__ in _packages() else module.__name__
         )
@@ -107,16 +99,17 @@ def names() -> str:
     return "\n".join(lines)
 
 
-def shorten(text: str | None) -> str | None:
-    """A signature with the names of the unions in it instead of what they consist of."""
-    from sphinx.util.typing import stringify_annotation  # Tests come without it.
-
-    if text is None:
-        return None
-    for annotation, alias in _ALIASES.items():
-        for mode in ("smart", "fully-qualified-except-typing"):
-            text = text.replace(stringify_annotation(annotation, mode), alias)
-    return text
+def signature(value: typing.Any) -> tuple[str, str | None]:
+    """A function's arguments and result as its file writes them; of a class its name is enough."""
+    if inspect.isclass(value):
+        return "", None
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(value)))
+    (function,) = ast.parse(source).body
+    assert isinstance(function, ast.FunctionDef)
+    arguments = function.args
+    arguments.args = [a for a in arguments.args if a.arg not in ("self", "cls")]
+    returns = ast.unparse(function.returns) if function.returns else None
+    return f"({ast.unparse(arguments)})", returns
 
 
 def _packages() -> set[str]:
@@ -183,10 +176,8 @@ def _directive(name: str, value: typing.Any) -> Iterator[str]:
         methods = [n for n, v in vars(value).items() if inspect.isfunction(v) and n[0] != "_"]
         if methods:
             yield f"   :members: {', '.join(methods)}"
-    elif inspect.isfunction(value):
-        yield f".. autofunction:: {name}"
     else:
-        yield f".. autodata:: {name}"
+        yield f".. autofunction:: {name}"
     yield ""
 
 

@@ -30,15 +30,15 @@ templates_path: list[str] = []
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-# CHANGELOG.md and CONTRIBUTING.md stand on pages of their own, below a heading of the page.
-suppress_warnings = ["myst.header"]
+# A signature that says GradFn may mean that of flatopt or that of flatopt.nnx.
+suppress_warnings = ["ref.python"]
 
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_use_rtype = False
 napoleon_custom_sections = ["Cost"]
 autodoc_member_order = "bysource"
-autodoc_typehints_format = "short"
 add_module_names = False
 python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
@@ -64,13 +64,13 @@ _OUTWARDS = re.compile(r"(?<!!)(\[[^\]]*\])\((?:\.\./)+(?!CHANGELOG|CONTRIBUTING
 
 def read_source(app, docname, content):
     """Fills in the tables and the reference, and turns links that leave the site."""
-    text = _tables.fill(content[0])
+    text = _tables.fill(content[0]).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
     content[0] = _OUTWARDS.sub(rf"\1({REPOSITORY}/blob/main/\2)", text)
 
 
-def shorten_signature(app, what, name, obj, options, signature, returns):
-    """Unions that everybody knows by a name get that name again."""
-    return _tables.shorten(signature), _tables.shorten(returns)
+def write_signature(app, what, name, obj, options, signature, returns):
+    """Types by the names that the code has for them."""
+    return _tables.signature(obj)
 
 
 def setup(app):
@@ -79,5 +79,5 @@ def setup(app):
     app.connect(
         "include-read", lambda app, path, docname, content: read_source(app, docname, content)
     )
-    app.connect("autodoc-process-signature", shorten_signature)
+    app.connect("autodoc-process-signature", write_signature)
     add_math(app)
