@@ -161,7 +161,7 @@ def _to_markdown(text: str) -> str:
 
 def _cost(function: Callable[..., typing.Any], case: cases.Case) -> str:
     """The docstring's own line, or what the tests count."""
-    section = re.search(r"^Cost:\n\s+(.*?)(?:\n\n|\Z)", inspect.getdoc(function) or "", re.M | re.S)
+    section = re.search(r"^Cost:\s+(.*?)(?:\n\n|\Z)", inspect.getdoc(function) or "", re.M | re.S)
     if section:
         return _to_markdown(section[1]).rstrip(".")
     gradients, copies = case.extra_evaluations / 10, f"{max(case.copies, 0):g} copies"
