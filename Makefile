@@ -18,7 +18,7 @@ $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@touch $@
 
 demo: $(VENV)/.installed-examples  ## train every method on real digits: a table and a picture in out/
-	$(BIN)/python -m examples.compare --out out $(DEMO_ARGS)
+	$(BIN)/python -m benchmarks.compare --out out $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test  ## the whole test suite
 	$(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)

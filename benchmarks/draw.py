@@ -1,7 +1,6 @@
-"""Draws the plots of the benchmarks from the committed results.
+"""Draws the plots of the benchmarks and of the documentation from the committed results.
 
-`python -m benchmarks.draw` writes into `benchmarks/plots`; a plot whose results are not there yet
-is left out.
+`python -m benchmarks.draw`; a plot whose results are not there yet is left out.
 """
 
 import json
@@ -10,13 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, NullFormatter
+from matplotlib.lines import Line2D
 
+from benchmarks.compare import picture, report
 from benchmarks.record import RESULTS
+from examples import perceptron
+from flatopt.plots import COLOURS, STYLE, tick_powers
 
 PLOTS = Path(__file__).parent / "plots"
+DOCS = Path(__file__).parent.parent / "docs"
 COLUMNS = 3
+WIDTH = 10.0  # In inches: a page shows it at 80 dots an inch or so.
+TITLES = {"mlp": "an MLP", "cnn": "a CNN", "transformer": "a Transformer"}
+LIBRARIES = {
+    "flatopt": COLOURS[1],
+    "by hand": COLOURS[3],
+    "optax": COLOURS[5],
+    "PyTorch": COLOURS[2],
+}
 
 
 def scaling(results: dict[str, Any]) -> Figure:
@@ -24,64 +36,103 @@ def scaling(results: dict[str, Any]) -> Figure:
     parts = results["parts"]
     rows = -(-len(parts) // COLUMNS)
     figure, axes = plt.subplots(
-        rows, COLUMNS, figsize=(4 * COLUMNS, 3 * rows), squeeze=False, layout="constrained"
+        rows, COLUMNS, figsize=(WIDTH, 3 * rows + 0.4), squeeze=False, layout="constrained"
     )
+    names = dict.fromkeys(
+        name for points in parts.values() for row in points.values() for name in row
+    )
+    colours = dict(zip(names, COLOURS, strict=False))
     for axis, (part, points) in zip(axes.flat, parts.items(), strict=False):
-        for name in {name: None for rows_of in points.values() for name in rows_of}:
+        for name in dict.fromkeys(name for row in points.values() for name in row):
             numbers = [int(n) for n in points]
             values = [points[n][name]["milliseconds"] for n in points]
-            (line,) = axis.plot(numbers, [v["median"] for v in values], "o-", label=name)
+            colour = colours[name]
+            axis.plot(numbers, [v["median"] for v in values], "o-", color=colour, label=name)
             low, high = [v["min"] for v in values], [v["max"] for v in values]
-            axis.fill_between(numbers, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
-        axis.set(xscale="log", yscale="log", xlabel=part.replace("_", " "), ylabel="ms a step")
+            axis.fill_between(numbers, low, high, alpha=0.2, color=colour, linewidth=0)
+        what = part.replace("_", " ")
+        axis.set(xscale="log", yscale="log", xlabel=what, title=f"Over the {what}")
+        tick_powers(axis.yaxis)
+        tick_powers(axis.xaxis)
         if numbers[-1] <= 100 * numbers[0]:  # Too short for powers of ten.
             axis.set_xticks(numbers, [str(n) for n in numbers])
-        for one in (axis.xaxis, axis.yaxis):
-            one.set_minor_formatter(NullFormatter())
-        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axis.legend(fontsize="small")
+            axis.set_xticks([], minor=True)
+        axis.legend(fontsize=9)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("ms a step")
     for axis in axes.flat[len(parts) :]:
         axis.remove()
+    figure.suptitle("Time of a step: median and range", x=0.01, ha="left", weight="bold")
     return figure
 
 
 def step_time(results: dict[str, Any]) -> Figure:
     """Each step over its own base: median and range; the number of gradients beside it."""
     found = results["models"]
-    most = max(len(result["rows"]) for result in found.values())
+    heights = [len(result["rows"]) for result in found.values()]
     figure, axes = plt.subplots(
-        1, len(found), figsize=(7 * len(found), 1 + 0.25 * most), squeeze=False,
-        layout="constrained",
+        len(found), 1, figsize=(WIDTH, sum(1.6 + 0.25 * n for n in heights)), squeeze=False,
+        height_ratios=heights, layout="constrained",
     )  # fmt: skip
     for axis, (model, result) in zip(axes.flat, found.items(), strict=True):
-        for height, row in enumerate(reversed(result["rows"])):
-            r = row["over_base"]
-            colour = "C0" if row["library"] == "flatopt" else "C1"
-            axis.plot([r["min"], r["max"]], [height, height], color=colour)
-            axis.plot(r["median"], height, "o", color=colour)
-            axis.plot(row["gradients_per_step"], height, "|", color="black", markersize=9)
-        axis.set_yticks(range(len(result["rows"])), [r["variant"] for r in result["rows"]][::-1])
-        axis.set(xscale="log", xlabel="over its base optimiser; bar: gradients", title=model)
-        axis.set_ylim(-1, len(result["rows"]))
-        axis.grid(axis="x", which="both", alpha=0.3)
+        _draw_steps(axis, result["rows"])
+        axis.set_title(f"Time of a step on {TITLES.get(model, model)}, over its base optimiser's")
+    figure.legend(handles=_explain_steps(found), ncols=5, loc="outside lower center")
     return figure
+
+
+def _explain_steps(models: dict[str, Any]) -> list[Line2D]:
+    """What the colours and the strokes mean."""
+    there = {row["library"].split(".")[0] for result in models.values() for row in result["rows"]}
+    dots = [
+        Line2D([], [], color=colour, marker="o", markersize=6, label=library)
+        for library, colour in LIBRARIES.items()
+        if library in there
+    ]
+    stroke = Line2D([], [], color="0.25", marker="|", markersize=11, linestyle="")
+    stroke.set_label("gradients a step")
+    return [*dots, stroke]
+
+
+def _draw_steps(axis: Axes, rows: list[dict[str, Any]]) -> None:
+    """One line a variant, coloured by its library."""
+    for height, row in enumerate(rows):
+        library = row["library"].split(".")[0]
+        colour = LIBRARIES[library]
+        ratio = row["over_base"]
+        axis.plot([ratio["min"], ratio["max"]], [height, height], color=colour)
+        axis.plot(ratio["median"], height, "o", color=colour, markersize=6)
+        axis.plot(row["gradients_per_step"], height, "|", color="0.25", markersize=11)
+    axis.set_yticks(range(len(rows)), [row["variant"] for row in rows])
+    axis.set_ylim(len(rows) - 0.3, -0.7)
+    axis.set(xscale="log", xlabel="times the base optimiser's step: median and range")
+    tick_powers(axis.xaxis)
+    axis.grid(axis="x", which="both")
 
 
 def whole_run(results: dict[str, Any]) -> Figure:
     """Seconds of a whole run, per seed, of each method."""
-    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     rows = results["rows"]
-    kinds = [*rows[0]["compile_seconds"], "peer"]
-    for i, kind in enumerate(kinds):
-        own = [(n, row) for n, row in enumerate(rows) if kind in row["seconds_per_seed"]]
-        label = "PyTorch loop" if kind == "peer" else f"flatopt, seeds: {kind}"
-        places = [n + (i - (len(kinds) - 1) / 2) / (len(kinds) + 1) for n, _ in own]
-        heights = [row["seconds_per_seed"][kind]["median"] for _, row in own]
+    figure, axis = plt.subplots(figsize=(WIDTH, 1.6 + 0.36 * len(rows)), layout="constrained")
+    looks = {
+        "1": ("one compiled run", COLOURS[1], "o"),
+        "8": ("eight seeds in one compiled run", COLOURS[3], "s"),
+        "peer": ("PyTorch loop", COLOURS[2], "D"),
+    }
+    for kind, (label, colour, marker) in looks.items():
+        own = [(n, row["seconds_per_seed"][kind]) for n, row in enumerate(rows)
+               if kind in row["seconds_per_seed"]]  # fmt: skip
+        for height, seconds in own:
+            axis.plot([seconds["min"], seconds["max"]], [height, height], color=colour)
+        medians, heights = [seconds["median"] for _, seconds in own], [n for n, _ in own]
         if own:
-            axis.bar(places, heights, 1 / (len(kinds) + 1), label=label)
-    axis.set_xticks(range(len(rows)), [row["method"] for row in rows], rotation=30)
-    axis.set(yscale="log", ylabel=f"s a seed, {results['steps']} steps")
-    axis.legend()
+            axis.plot(medians, heights, marker, color=colour, linestyle="", label=label)
+    axis.set_yticks(range(len(rows)), [row["method"] for row in rows])
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set(xscale="log", xlabel=f"seconds a seed for {results['steps']} steps")
+    tick_powers(axis.xaxis)
+    axis.set_title("A whole run without its compilation: median and range")
+    figure.legend(ncols=3, loc="outside lower center")
     return figure
 
 
@@ -98,12 +149,25 @@ def draw(results: Path, folder: Path) -> list[Path]:
     for path in sorted(results.glob("*.json")):
         kind = next((kind for kind in KINDS if path.stem.startswith(kind)), None)
         if kind is not None:
-            figure = KINDS[kind](json.loads(path.read_text()))
             folder.mkdir(parents=True, exist_ok=True)
             written.append(folder / f"{path.stem}.png")
-            figure.savefig(written[-1], dpi=110, metadata={"Software": None})
+            with plt.rc_context(STYLE):
+                figure = KINDS[kind](json.loads(path.read_text()))
+                figure.savefig(written[-1], dpi=130, metadata={"Software": None})
             plt.close(figure)
     return written
+
+
+def draw_comparison(results: Path, path: Path) -> None:
+    """Draws the picture of the comparison on digits."""
+    found = json.loads(results.read_text())
+    title = picture.title(**{name: found["settings"][name] for name in picture.TITLE})
+    picture.draw(report.from_json(found["arms"]), title, path)
+
+
+def draw_perceptron(results: Path, path: Path) -> None:
+    """Draws what `examples.perceptron` found."""
+    perceptron.draw(json.loads(results.read_text())["arms"], path)
 
 
 def main() -> None:
@@ -111,6 +175,9 @@ def main() -> None:
     plt.switch_backend("agg")
     for path in draw(RESULTS, PLOTS):
         print(f"drew {path.name}")
+    draw_comparison(RESULTS / "compare_digits.json", DOCS / "compare.png")
+    draw_perceptron(RESULTS / "perceptron.json", DOCS / "perceptron.png")
+    print("drew compare.png and perceptron.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Top-10 Hessian eigenvalues of a network with a million parameters on 10 000 images.
 
 `python -m benchmarks.hessian_scale --data-dir DIR`, where DIR holds `fashion_mnist.npz` in the
-format of `examples/README.md`.
+format of `benchmarks/compare/README.md`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import optax
 
 from benchmarks import hessian_common as common
 from benchmarks import record
-from examples import datasets
+from benchmarks.compare import datasets
 from flatopt import measures
 
 SIZES = (784, 1024, 256, 10)

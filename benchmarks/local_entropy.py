@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 import flatopt
 from benchmarks import record
-from examples import datasets, training
+from benchmarks.compare import datasets, training
+from benchmarks.compare.report import Estimate
 from examples.models.mlp import MLP
-from examples.report import Estimate
 
 SIGMA = 0.3  # Of the multiplicative noise.
 DRAWS = 20

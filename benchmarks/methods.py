@@ -7,7 +7,7 @@ import jax
 import optax
 
 import flatopt
-from examples.training import count_gradients
+from benchmarks.compare.training import count_gradients
 
 RATE, MOMENTUM, RHO = 0.01, 0.9, 0.05
 ADAM_RATE = 1e-3

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from examples import provenance
+from benchmarks import provenance
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -1,1 +1,1 @@
-"""Runnable examples; `python -m examples.compare` is the first to try."""
+"""Programs to read and to copy from: `python -m examples.sam_plain` is the first."""

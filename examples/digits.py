@@ -6,8 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from examples import datasets
+import sklearn.datasets
 
 
 class Digits(NamedTuple):
@@ -24,13 +23,14 @@ class Digits(NamedTuple):
 
 def load(train_size: int = 1000, seed: int = 0) -> Digits:
     """Loads and splits the digits; nothing is downloaded."""
-    data = datasets.load("digits", None)
-    images = (data.images.astype(np.float32) / data.scale).reshape(-1, 8, 8, 1)
+    data = sklearn.datasets.load_digits()
+    images = (data.data.astype(np.float32) / 16).reshape(-1, 8, 8, 1)
+    labels = data.target.astype(np.int32)
     order = np.random.default_rng(seed).permutation(len(images))
     train, test = order[:train_size], order[train_size:]
     return Digits(
-        train=(jnp.asarray(images[train]), jnp.asarray(data.labels[train])),
-        test=(jnp.asarray(images[test]), jnp.asarray(data.labels[test])),
+        train=(jnp.asarray(images[train]), jnp.asarray(labels[train])),
+        test=(jnp.asarray(images[test]), jnp.asarray(labels[test])),
     )
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import optax
 
 import flatopt
-from examples import datasets, report, training
-from examples.methods import MOMENTUM
+from benchmarks.compare import datasets, report, training
+from benchmarks.compare.methods import MOMENTUM
 from examples.models.mlp import MLP
 
 TRAIN_SIZE, BATCH_SIZE, LABEL_NOISE = 300, 32, 0.2

@@ -7,7 +7,6 @@ small change of the weights costs errors, or further in. `python -m examples.per
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
 from matplotlib.figure import Figure
 
 import flatopt
-from examples import provenance
-from examples.report import Estimate
+from flatopt.plots import COLOURS, STYLE
 
 INPUTS = 101
 SHARPNESS = 2.0  # Of the hidden units: tanh(SHARPNESS * field), with fields of order 1.
@@ -256,18 +255,26 @@ def table(arms: Sequence[dict[str, Any]]) -> str:
         cells = [
             arm["machine"],
             f"{arm['method']}, {arm['loss']}",
-            Estimate.of(arm["train_errors"]).show(3),
-            Estimate.of(np.array(arm["local_energy"])[:, at_energy]).show(3),
-            Estimate.of(np.array(arm["solutions"])[:, at_distance]).show(3),
-            Estimate.of(arm["test_errors"]).show(3),
+            _mean_and_error(arm["train_errors"]),
+            _mean_and_error(np.array(arm["local_energy"])[:, at_energy]),
+            _mean_and_error(np.array(arm["solutions"])[:, at_distance]),
+            _mean_and_error(arm["test_errors"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def _mean_and_error(values: Any) -> str:
+    """The mean over seeds and its standard error; one seed has none."""
+    values = np.asarray(values, float)
+    error = f"{values.std(ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else "n/a"
+    return f"{values.mean():.3f} ± {error}"
+
+
 def make_figure(arms: Sequence[dict[str, Any]]) -> Figure:
     """Local energy and share of solutions around what each method found, one row a machine."""
-    styles = dict(zip(ARMS, [("k", "-"), ("C0", "--"), ("C1", "-."), ("0.6", ":")], strict=True))
+    looks = [(COLOURS[0], "-"), (COLOURS[1], "--"), (COLOURS[2], "-."), ("0.55", ":")]
+    styles = dict(zip(ARMS, looks, strict=True))
     names = list(dict.fromkeys(arm["machine"] for arm in arms))
     figure = Figure(figsize=(10, 3.6 * len(names)), layout="constrained")
     axes = figure.subplots(len(names), 2, squeeze=False)
@@ -284,18 +291,29 @@ def make_figure(arms: Sequence[dict[str, Any]]) -> Figure:
                     where, values.mean(0), error, color=colour, linestyle=dashes, label=label
                 )
         row[0].set(
-            title=f"{name}: rise of the training errors",
+            title=f"{name.capitalize()}: rise of the training errors under noise",
             xlabel="sigma of the multiplicative noise",
             ylabel="local energy",
         )
-        row[1].set(title=f"{name}: solutions nearby", xlabel="relative distance", ylabel="share")
-        row[0].legend(frameon=False)
+        row[1].set(
+            title=f"{name.capitalize()}: solutions nearby",
+            xlabel="relative distance",
+            ylabel="share",
+        )
+        row[0].set_ylim(bottom=0)
+    axes[0, 0].legend()
     return figure
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    command = list(sys.argv[1:] if argv is None else argv)
+def draw(arms: Sequence[dict[str, Any]], path: Path) -> None:
+    """Writes the picture to `path` as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        make_figure(arms).savefig(path, dpi=130, metadata={"Software": None})
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags and their defaults."""
     parser = argparse.ArgumentParser(prog="python -m examples.perceptron", description=__doc__)
     add = parser.add_argument
     add("--seeds", type=int, default=16, help="number of seeds, trained together (16)")
@@ -304,26 +322,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--batch-size", type=int, default=30, help="patterns in a gradient (30)")
     add("--machines", default=",".join(MACHINES), help="comma-separated (both)")
     add("--out", type=Path, default=Path("out/perceptron.png"), help="the picture")
-    add("--json", type=Path, help="also write every number to this file")
-    settings = parser.parse_args(command)
+    return parser
+
+
+def run(settings: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measures every arm, prints the table and draws the picture."""
     arms = [
         measure(machine, *arm, settings) for machine in settings.machines.split(",") for arm in ARMS
     ]
     print(table(arms))
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    make_figure(arms).savefig(settings.out, dpi=130)
-    if settings.json is not None:
-        results = {
-            "command": ["python", "-m", "examples.perceptron", *command],
-            "versions": provenance.versions(),
-            "machine": provenance.machine(),
-            "seeds": list(range(settings.first_seed, settings.first_seed + settings.seeds)),
-            "sigmas": SIGMAS.tolist(),
-            "distances": DISTANCES.tolist(),
-            "arms": arms,
-        }
-        settings.json.parent.mkdir(parents=True, exist_ok=True)
-        settings.json.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    draw(arms, settings.out)
+    return arms
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    run(make_parser().parse_args(argv))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The comparison of `examples`: tiny whole runs, bad arguments, and what it measures."""
+"""The comparison of the methods: tiny whole runs, bad arguments, and what it measures."""
 
 import itertools
 import json
@@ -14,14 +14,13 @@ import sklearn.datasets
 from matplotlib.text import Text
 
 import flatopt
-from examples import (
+from benchmarks.compare import (
     batch_norm,
-    compare,
     datasets,
-    fge,
     flatness,
     methods,
     picture,
+    program,
     report,
     training,
 )
@@ -44,7 +43,7 @@ def small_task(monkeypatch):
 
 def _run(arguments, path):
     assert (
-        compare.main([*arguments, "--out", str(path / "out"), "--json", str(path / "r.json")]) == 0
+        program.main([*arguments, "--out", str(path / "out"), "--json", str(path / "r.json")]) == 0
     )
     return json.loads((path / "r.json").read_text())
 
@@ -243,7 +242,7 @@ def _write_images(path, **changes):
 def _refused(arguments, path, capsys):
     before = sorted(path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        compare.main(arguments)
+        program.main(arguments)
     assert stop.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -345,7 +344,7 @@ def test_download(monkeypatch):
 
 def test_interrupted_write_leaves_nothing(tmp_path):
     def write():
-        with compare._whole_file(tmp_path / "file") as part:
+        with program._whole_file(tmp_path / "file") as part:
             part.write_text("half")
             raise OSError("disk full")
 
@@ -363,14 +362,14 @@ def test_pixels_become_inputs(tmp_path):
     with np.load(tmp_path / "tiny.npz") as file:
         x_train, x_test = file["x_train"], file["x_test"]
     np.testing.assert_array_equal(dataset.images[30:], x_test.reshape(9, -1))
-    task = training.Task(compare.MLP(), dataset, datasets.split(dataset, [0], 5), [0])
+    task = training.Task(program.MLP(), dataset, datasets.split(dataset, [0], 5), [0])
     inputs = task.inputs(task.images[:30])
     np.testing.assert_allclose([inputs.mean(), inputs.std()], [0, 1], atol=1e-5)
     expected = (x_train[0].ravel() - x_train.mean()) / x_train.std()
     np.testing.assert_allclose(inputs[0], expected, rtol=1e-4, atol=1e-5)
 
     digits = datasets.load("digits", None)
-    task = training.Task(compare.MLP(), digits, datasets.split(digits, [0], 5), [0])
+    task = training.Task(program.MLP(), digits, datasets.split(digits, [0], 5), [0])
     inputs = task.inputs(task.images)
     assert (inputs.min(), inputs.max()) == (0, 1)
 
@@ -446,7 +445,7 @@ def test_fresh_batches_are_drawn_for_extra_gradients_only():
     dataset = datasets.load("digits", None)
     split = datasets.split(dataset, [0, 1], 40)
     batches = datasets.batches(split, [0, 1], 5, 8)
-    task = training.Task(compare.MLP(), dataset, split, [0, 1])
+    task = training.Task(program.MLP(), dataset, split, [0, 1])
     sam = optax.chain(flatopt.sam(0.2), optax.sgd(0.1))
     for tx, equal in ((optax.sgd(0.1), True), (sam, False)):
         runs = [training.train(task, tx, batches, fresh_batches=fresh) for fresh in (False, True)]
@@ -463,7 +462,7 @@ def test_training_is_the_plain_loop():
     dataset = datasets.load("digits", None)
     split = datasets.split(dataset, [0, 1], 40)
     batches = datasets.batches(split, [0, 1], 5, 8)
-    task = training.Task(compare.MLP(), dataset, split, [0, 1])
+    task = training.Task(program.MLP(), dataset, split, [0, 1])
     tx = optax.chain(flatopt.sam(0.2), optax.sgd(0.1, momentum=0.9), flatopt.swa(start=3))
     progress = []
     trained = training.train(task, tx, batches, progress.append)
@@ -510,7 +509,7 @@ def test_flatness_of_a_quadratic():
 
 def test_the_barrier_is_that_to_the_next_seed():
     dataset = datasets.load("digits", None)
-    task = training.Task(compare.MLP(), dataset, datasets.split(dataset, [0, 1, 2], 40), [0, 1, 2])
+    task = training.Task(program.MLP(), dataset, datasets.split(dataset, [0, 1, 2], 40), [0, 1, 2])
     scores = task.score(task.initial_params)
     x, labels = task.first_seed()
     first, second = (jax.tree.map(lambda leaf, i=i: leaf[i], task.initial_params) for i in (0, 1))
@@ -571,12 +570,12 @@ def test_diverged_runs_are_reported_not_hidden(tmp_path):
 
 def test_diverged_networks_are_left_out_of_the_second_picture(tmp_path):
     dataset = datasets.load("digits", None)
-    task = training.Task(compare.MLP(), dataset, datasets.split(dataset, [0], 40), [0])
+    task = training.Task(program.MLP(), dataset, datasets.split(dataset, [0], 40), [0])
     params = jax.tree.map(lambda leaf: leaf[0], task.initial_params)
     lost = jax.tree.map(lambda leaf: leaf * np.nan, params)
-    compare._draw_flatness({"sgd": params, "sam": lost}, task, "title", tmp_path / "p.png")
+    program._draw_flatness({"sgd": params, "sam": lost}, task, "title", tmp_path / "p.png")
     assert matplotlib.image.imread(tmp_path / "p.png").std() > 0
-    compare._draw_flatness({"sam": lost}, task, "title", tmp_path / "p.png")
+    program._draw_flatness({"sam": lost}, task, "title", tmp_path / "p.png")
 
 
 def test_labels_do_not_overlap():
@@ -589,19 +588,3 @@ def test_labels_do_not_overlap():
     boxes = [Text.get_window_extent(label, renderer) for label in labels]
     assert len(boxes) == 10
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-
-
-# The other example
-
-
-def test_fast_geometric_ensembling(capsys):
-    accuracy = fge.run(seeds=2, epochs=1, cycles=2)
-    assert list(accuracy) == ["last model", "mean of models", "ensemble"]
-    for own in accuracy.values():
-        assert own.shape == (2,)
-        assert ((own > 0.2) & (own <= 1)).all()  # Better than chance after one epoch.
-    assert fge.main(["--seeds", "2", "--epochs", "1", "--cycles", "2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[2:5]] == list(accuracy)
-    with pytest.raises(SystemExit):
-        fge.main(["--seeds", "0"])

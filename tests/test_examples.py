@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import flatopt
-from examples import digits, linen_batchnorm, nnx_transformer, plain_jax
+from examples import digits, fge, sam_linen, sam_nnx, sam_plain
 from examples.models.cnn import CNN
 from examples.models.transformer import ImageClassifier
 from examples.models.wide_resnet import WideResNet
@@ -33,12 +33,12 @@ def _batches() -> list[tuple[jax.Array, jax.Array]]:
 @pytest.mark.parametrize(
     ("main", "arguments", "lines"),
     [
-        (plain_jax.main, ["--steps", "30"], 3),
-        (linen_batchnorm.main, ["--steps", "4"], 6),
-        (linen_batchnorm.main, ["--steps", "2", "--model", "wide_resnet"], 4),
-        (nnx_transformer.main, ["--steps", "4"], 7),
+        (sam_plain.main, ["--steps", "30"], 3),
+        (sam_linen.main, ["--steps", "4"], 6),
+        (sam_linen.main, ["--steps", "2", "--model", "wide_resnet"], 4),
+        (sam_nnx.main, ["--steps", "4"], 7),
     ],
-    ids=["plain_jax", "linen_batchnorm", "linen_batchnorm-wide_resnet", "nnx_transformer"],
+    ids=["sam_plain", "sam_linen", "sam_linen-wide_resnet", "sam_nnx"],
 )
 def test_runs_and_prints_an_accuracy(main, arguments, lines, capsys):
     main(arguments)
@@ -49,12 +49,12 @@ def test_runs_and_prints_an_accuracy(main, arguments, lines, capsys):
     assert all(0 <= a <= 100 for a in accuracies)
 
 
-def test_plain_jax_learns():
+def test_sam_plain_learns():
     data = digits.load()
-    params = plain_jax.init(jax.random.key(0))
-    trained, _ = plain_jax.train(_optimizer(), params, data, 150)
-    assert plain_jax.accuracy(params, data) < 0.4
-    assert plain_jax.accuracy(trained, data) > 0.85
+    params = sam_plain.init(jax.random.key(0))
+    trained, _ = sam_plain.train(_optimizer(), params, data, 150)
+    assert sam_plain.accuracy(params, data) < 0.4
+    assert sam_plain.accuracy(trained, data) > 0.85
 
 
 def test_digits_are_split_without_overlap():
@@ -89,7 +89,7 @@ def _descend(params: Any, velocity: Any, grads: Any) -> tuple[Any, Any]:
 def test_linen_example_equals_a_hand_written_loop(model):
     """BatchNorm and dropout: the same parameters and statistics to 1e-5 in float32."""
     batches, key = _batches(), jax.random.key(7)
-    state = linen_batchnorm.create_state(model, _optimizer(), batches[0][0][:1])
+    state = sam_linen.create_state(model, _optimizer(), batches[0][0][:1])
     params, stats = state.params, state.batch_stats
     velocity = jax.tree.map(jnp.zeros_like, params)
 
@@ -109,7 +109,7 @@ def test_linen_example_equals_a_hand_written_loop(model):
         return jax.grad(loss, has_aux=True)(params)
 
     for i, (images, labels) in enumerate(batches):
-        state, _ = linen_batchnorm.train_step(state, images, labels, key)
+        state, _ = sam_linen.train_step(state, images, labels, key)
         dropout_key = jax.random.fold_in(key, i)
         grads, new_stats = gradient(params, stats, images, labels, dropout_key)
         grads, _ = gradient(_ascend(params, grads), stats, images, labels, dropout_key)
@@ -161,7 +161,7 @@ def test_nnx_example_equals_a_hand_written_loop(make):
         return jax.grad(loss, has_aux=True)(params)
 
     for images, labels in batches:
-        nnx_transformer.train_step(model, optimizer, images, labels)
+        sam_nnx.train_step(model, optimizer, images, labels)
         grads, new_rest = gradient(params, rest, images, labels)
         grads, _ = gradient(_ascend(params, grads), rest, images, labels)
         params, velocity = _descend(params, velocity, grads)
@@ -171,3 +171,16 @@ def test_nnx_example_equals_a_hand_written_loop(make):
         nnx.state(model, nnx.BatchStat), nnx.filter_state(rest, nnx.BatchStat), rtol=1e-5, atol=1e-5
     )
     cases.assert_equal(nnx.state(model, nnx.RngCount), nnx.filter_state(rest, nnx.RngCount))
+
+
+def test_fast_geometric_ensembling(capsys):
+    accuracy = fge.run(seeds=2, epochs=1, cycles=2)
+    assert list(accuracy) == ["last model", "mean of models", "ensemble"]
+    for own in accuracy.values():
+        assert own.shape == (2,)
+        assert ((own > 0.2) & (own <= 1)).all()  # Better than chance after one epoch.
+    assert fge.main(["--seeds", "2", "--epochs", "1", "--cycles", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[2:5]] == list(accuracy)
+    with pytest.raises(SystemExit):
+        fge.main(["--seeds", "0"])

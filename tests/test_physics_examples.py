@@ -1,12 +1,15 @@
 """The examples of statistical physics: small runs, and the law that the sampler must follow."""
 
 import json
+import sys
 
 import matplotlib.image
 import numpy as np
 import pytest
 
-from examples import entropy_sgld, perceptron, training
+from benchmarks import perceptron as recorder
+from benchmarks.compare import training
+from examples import entropy_sgld, perceptron
 
 
 def test_samplers_follow_the_integrated_law():
@@ -35,7 +38,8 @@ def test_perceptron_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(perceptron, "TEST_SIZE", 20)
     arguments = ["--seeds", "2", "--evaluations", "40", "--machines", "perceptron"]
     where = ["--out", str(tmp_path / "p.png"), "--json", str(tmp_path / "p.json")]
-    assert perceptron.main([*arguments, *where]) == 0
+    monkeypatch.setattr(sys, "argv", ["perceptron", *arguments, *where])
+    recorder.main()
     results = json.loads((tmp_path / "p.json").read_text())
     assert [(a["method"], a["loss"]) for a in results["arms"]] == perceptron.ARMS
     for arm in results["arms"]:

@@ -1,4 +1,4 @@
-"""SAM and weight averaging in plain JAX: `python -m examples.plain_jax`.
+"""SAM and weight averaging in plain JAX: `python -m examples.sam_plain`.
 
 A network of two matrices and no library but JAX and optax: what SAM asks of a training loop is the
 line `grad_fn = ...` and handing it on.

@@ -18,9 +18,9 @@ import numpy as np
 import optax
 
 import flatopt
-from examples import datasets, report, training
-from examples.datasets import Array, Batches, Dataset, Split
-from examples.methods import AVERAGE_FROM, MOMENTUM, Setting
+from benchmarks.compare import datasets, report, training
+from benchmarks.compare.datasets import Array, Batches, Dataset, Split
+from benchmarks.compare.methods import AVERAGE_FROM, MOMENTUM, Setting
 from examples.models.batch_norm_mlp import BatchNormMLP
 from flatopt.linen import recompute_batch_stats
 

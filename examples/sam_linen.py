@@ -1,4 +1,4 @@
-"""SAM for a network with BatchNorm and dropout in Flax linen: `python -m examples.linen_batchnorm`.
+"""SAM for a network with BatchNorm and dropout in Flax linen: `python -m examples.sam_linen`.
 
 The statistics are those of the clean pass, and both passes have the same dropout mask: the loss
 closes over them, `has_aux=True` hands the statistics out of the clean pass, and `grad_fn` drops

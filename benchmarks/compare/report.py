@@ -152,7 +152,7 @@ def verdict(arms: Sequence[Arm], baseline: Arm) -> str:
 
 
 def _judge(arm: Arm, baseline: Arm) -> str:
-    if not (_finite(arm) and _finite(baseline)):
+    if not (is_finite(arm) and is_finite(baseline)):
         return "diverged"
     estimate = difference(arm, baseline)
     if estimate.error is None or abs(estimate.mean) <= CLEAR * estimate.error:
@@ -160,7 +160,8 @@ def _judge(arm: Arm, baseline: Arm) -> str:
     return "more" if estimate.mean > 0 else "less"
 
 
-def _finite(arm: Arm) -> bool:
+def is_finite(arm: Arm) -> bool:
+    """Whether no seed diverged."""
     return bool(np.all(np.isfinite(arm.train_loss)))
 
 
@@ -197,6 +198,26 @@ def to_json(arms: Sequence[Arm], baseline: Arm) -> list[dict[str, Any]]:
         }
 
     return [one(arm) for arm in arms]
+
+
+def from_json(entries: Sequence[dict[str, Any]]) -> list[Arm]:
+    """The arms of a results file; of the lines it has the means alone."""
+
+    def one(entry: dict[str, Any]) -> Arm:
+        fields = ("train_loss", "top_eigenvalue", "trace", "local_energy", "barrier")
+        return Arm(
+            method=entry["method"],
+            equal_gradients=entry["equal_gradients"],
+            steps=entry["steps"],
+            gradient_evaluations=entry["gradient_evaluations_per_seed"],
+            accuracy=np.asarray(entry["test_accuracy"], float),
+            line=np.asarray(entry["line_loss_mean"], float)[None],
+            seconds=entry["seconds"],
+            compile_seconds=entry["compile_seconds"],
+            **{name: np.asarray(entry[name], float) for name in fields},
+        )
+
+    return [one(entry) for entry in entries]
 
 
 def _number(value: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""SAM and SWA for a Transformer with dropout in Flax nnx: `python -m examples.nnx_transformer`.
+"""SAM and SWA for a Transformer with dropout in Flax nnx: `python -m examples.sam_nnx`.
 
 `flatopt.nnx.make_grad_fn` splits the module before the forward pass, so that both passes have the
 same dropout mask, and `apply_eval_params` gives a copy with the averaged weights.

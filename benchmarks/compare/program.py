@@ -1,6 +1,6 @@
 """Compares the methods on real images: a table, a picture and, if wanted, all numbers as JSON.
 
-Run it with `python -m examples.compare`; `--help` lists the flags.
+Run it with `python -m benchmarks.compare`; `--help` lists the flags.
 """
 
 import argparse
@@ -16,18 +16,18 @@ import numpy as np
 from tqdm import tqdm
 
 import flatopt
-from examples import (
+from benchmarks import provenance
+from benchmarks.compare import (
     arguments,
     batch_norm,
     datasets,
     flatness,
     flatness_picture,
     picture,
-    provenance,
     report,
     training,
 )
-from examples.methods import BASELINE, METHODS, Method, Setting
+from benchmarks.compare.methods import BASELINE, METHODS, Method, Setting
 from examples.models.mlp import MLP
 
 PICTURE, FLATNESS_PICTURE = "compare.png", "flatness.png"
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print()
     print(_notes(arms, args, machine))
     results = {
-        "command": ["python", "-m", "examples.compare", *command],
+        "command": ["python", "-m", "benchmarks.compare", *command],
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "versions": provenance.versions(),
         "machine": machine,
@@ -152,10 +152,7 @@ def _write(
     results: dict[str, Any],
 ) -> None:
     """Writes the pictures and the JSON file."""
-    title = (
-        f"{args.dataset}, {args.train_size} training images, {_seeds(args.seeds)}, "
-        f"{args.steps} steps"
-    )
+    title = picture.title(**{name: getattr(args, name) for name in picture.TITLE})
     args.out.mkdir(parents=True, exist_ok=True)
     with _whole_file(args.out / PICTURE) as part:
         picture.draw(arms, title, part)
@@ -180,7 +177,8 @@ def _draw_flatness(networks: dict[str, Any], task: training.Task, title: str, pa
     densities = {name: flatness.density(task.loss_on, p, data) for name, p in sound.items()}
     corners = dict(list(sound.items())[:3])
     surface = flatness.surface(task.loss_on, corners, data) if len(corners) == 3 else None
-    flatness_picture.draw(densities, surface, title, path)
+    num_params = sum(leaf[0].size for leaf in jax.tree.leaves(task.initial_params))
+    flatness_picture.draw(densities, surface, num_params, title, path)
 
 
 @contextlib.contextmanager
@@ -197,7 +195,8 @@ def _whole_file(path: Path) -> Iterator[Path]:
 def _notes(arms: Sequence[report.Arm], args: argparse.Namespace, machine: dict[str, Any]) -> str:
     """How to read the table, and what it was measured on."""
     notes = [
-        f"Means over {_seeds(args.seeds)} ± standard error; differences are paired by seed.",
+        f"Means over {picture.seeds_in_words(args.seeds)} ± standard error; differences are paired "
+        "by seed.",
         "gradients: evaluations of one seed, counted. run s: all seeds together, not compiling.",
     ]
     if any(arm.equal_gradients for arm in arms):
@@ -214,11 +213,3 @@ def _notes(arms: Sequence[report.Arm], args: argparse.Namespace, machine: dict[s
         f"jax {jax.__version__}, flatopt {flatopt.__version__}."
     )
     return "\n".join(notes)
-
-
-def _seeds(number: int) -> str:
-    return f"{number} seed" if number == 1 else f"{number} seeds"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The command line of `examples.compare`: the flags, their defaults and their checks."""
+"""The command line of `benchmarks.compare`: the flags, their defaults and their checks."""
 
 import argparse
 import math
@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from examples import batch_norm, datasets
-from examples.methods import BASELINE, METHODS
+from benchmarks.compare import batch_norm, datasets
+from benchmarks.compare.methods import BASELINE, METHODS
 
 # Of digits, and of the larger images, where plain SGD does not train with the higher rate.
 DEFAULT_TRAIN_SIZE, OTHER_TRAIN_SIZE = 300, 5000
 DEFAULT_LEARNING_RATE, OTHER_LEARNING_RATE = 0.1, 0.02
 SHORTEST = 10
-PROGRAM = "python -m examples.compare"
+PROGRAM = "python -m benchmarks.compare"
 
 
 def fail(message: str) -> NoReturn:

@@ -12,8 +12,8 @@ import optax
 from flax import linen as nn
 
 import flatopt
-from examples import flatness
-from examples.datasets import Array, Batches, Dataset, Split
+from benchmarks.compare import flatness
+from benchmarks.compare.datasets import Array, Batches, Dataset, Split
 
 MAX_CHUNKS = 20  # A run is cut into equal pieces of one compiled program, to show progress.
 FLATNESS_IMAGES = 1000  # Flatness is that of the loss on the first so many training images.

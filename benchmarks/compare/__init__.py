@@ -1,0 +1,1 @@
+"""The methods side by side on real images: `python -m benchmarks.compare`."""
