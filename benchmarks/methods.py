@@ -49,11 +49,11 @@ GROUPS: dict[str, dict[str, Build]] = {
     "one gradient": {
         "sgd": sgd,
         "msam": lambda: flatopt.msam(sgd(), RHO),
-        "msam momentum=0.9": lambda: flatopt.msam(sgd(), RHO, momentum=MOMENTUM),
+        "msam_sgd": lambda: flatopt.msam_sgd(RATE, RHO, momentum=MOMENTUM),
         "hold_perturbed": lambda: flatopt.hold_perturbed(sgd(), flatopt.scale_to_norm(RHO)),
-        "alternate": lambda: flatopt.alternate(flatopt.scale_to_norm(RHO), sgd()),
+        "alternate": lambda: flatopt.alternate(sgd(), flatopt.scale_to_norm(RHO)),
         "sam every=5": _before(lambda: flatopt.sam(RHO, every=EVERY)),
-        "looksam every=5": _before(lambda: flatopt.looksam(RHO, EVERY, ALPHA)),
+        "looksam every=5": _before(lambda: flatopt.looksam(RHO, every=EVERY, alpha=ALPHA)),
         "rwp every=5": _before(lambda: flatopt.rwp(0.01, every=EVERY)),
     },
     "averages": {
@@ -72,20 +72,20 @@ GROUPS: dict[str, dict[str, Build]] = {
         "asam": _before(lambda: flatopt.asam(RHO)),
         "gsam": _before(lambda: flatopt.gsam(RHO, 0.4)),
         "gnp": _before(lambda: flatopt.gnp(RHO, 0.8)),
-        "wsam": lambda: flatopt.wsam(sgd(), RATE, RHO),
+        "wsam": lambda: flatopt.wsam(sgd(), RATE, rho=RHO),
         "friendly_sam": _before(lambda: flatopt.friendly_sam(RHO)),
         "vasso": _before(lambda: flatopt.vasso(RHO)),
         "le_sam": _before(lambda: flatopt.le_sam(0.1, RHO)),
         "sparse_sam": _before(lambda: flatopt.sparse_sam(RHO, _matrices)),
-        "sam_on": _before(lambda: flatopt.sam_on(RHO, _matrices)),
+        "sam_on": _before(lambda: flatopt.sam_on(RHO, mask=_matrices)),
         "wasam": lambda: flatopt.wasam(sgd(), RHO),
     },
     "two gradients and more work": {
         "sgd": sgd,
         "zsharp": _before(lambda: flatopt.zsharp(RHO)),
-        "esam": _before(lambda: flatopt.esam(RHO, 0.5)),
+        "esam": _before(lambda: flatopt.esam(RHO, beta=0.5)),
         "rwp": _before(lambda: flatopt.rwp(0.01)),
-        "arwp": _before(lambda: flatopt.arwp(0.01, 1.0, 0.9)),
+        "arwp": _before(lambda: flatopt.arwp(0.01, eta=1.0, decay=0.9)),
         "sampa": lambda: flatopt.sampa(sgd(), RHO),
     },
     "inner loops and replicas": {
@@ -112,7 +112,7 @@ METHODS: dict[str, Build] = {
 
 # What most users take: measured on every model.
 MAIN = [
-    "sgd", "sam", "msam", "msam momentum=0.9", "sam every=5", "looksam every=5", "swa",
+    "sgd", "sam", "msam", "msam_sgd", "sam every=5", "looksam every=5", "swa",
     "params_ema", "lookahead", "asam", "gsam", "wsam", "local_entropy L=5",
 ]  # fmt: skip
 

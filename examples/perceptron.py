@@ -108,7 +108,7 @@ def _sgd(steps: int) -> optax.GradientTransformation:
 def _entropy_sgd(steps: int) -> optax.GradientTransformation:
     inner = flatopt.local_entropy(
         INNER_STEPS,
-        flatopt.strength_schedule("exponential", GAMMA, GROWTH * GAMMA, steps),
+        flatopt.strength_schedule("exponential", GAMMA, GROWTH * GAMMA, steps=steps),
         inner_learning_rate=INNER_RATE,
         noise=NOISE,
         averaging=AVERAGING,
@@ -117,7 +117,7 @@ def _entropy_sgd(steps: int) -> optax.GradientTransformation:
 
 
 def _replicated_sgd(steps: int) -> optax.GradientTransformation:
-    strength = flatopt.strength_schedule("exponential", STRENGTH, GROWTH * STRENGTH, steps)
+    strength = flatopt.strength_schedule("exponential", STRENGTH, GROWTH * STRENGTH, steps=steps)
     return flatopt.replicated_sgd(_sgd(steps), REPLICAS, strength, std=1.0)
 
 

@@ -1,130 +1,207 @@
-"""flatopt: flat minima for JAX, as composable optax transformations."""
+"""flatopt: flat minima for JAX, as composable optax transformations.
 
-from flatopt import curves as curves
-from flatopt import landscape as landscape
-from flatopt import measures as measures
-from flatopt._alternate import AlternateState as AlternateState
-from flatopt._alternate import alternate as alternate
-from flatopt._arwp import arwp as arwp
-from flatopt._average import AverageState as AverageState
-from flatopt._average import params_ema as params_ema
-from flatopt._average import power_ema as power_ema
-from flatopt._average import swa as swa
-from flatopt._base import GradFn as GradFn
-from flatopt._base import make_grad_fn as make_grad_fn
-from flatopt._batch_stats import average_batch_stats as average_batch_stats
-from flatopt._combiners import CombinerState as CombinerState
-from flatopt._combiners import mix_clean as mix_clean
-from flatopt._combiners import surrogate_gap as surrogate_gap
-from flatopt._directed import friendly_sam as friendly_sam
-from flatopt._directed import le_sam as le_sam
-from flatopt._directed import vasso as vasso
-from flatopt._directed import zsharp as zsharp
-from flatopt._directions import GradientEmaState as GradientEmaState
-from flatopt._directions import keep_large_zscores as keep_large_zscores
-from flatopt._directions import smooth_gradient as smooth_gradient
-from flatopt._directions import subtract_gradient_ema as subtract_gradient_ema
-from flatopt._ensemble import ensemble_predict as ensemble_predict
-from flatopt._ensemble import fast_geometric_ensemble as fast_geometric_ensemble
-from flatopt._entropy_sgd import EntropySgdState as EntropySgdState
-from flatopt._entropy_sgd import entropy_sgd as entropy_sgd
-from flatopt._eval import eval_params as eval_params
-from flatopt._fisher import empirical_fisher as empirical_fisher
-from flatopt._functional import FunctionalGradFn as FunctionalGradFn
-from flatopt._functional import functional_value_and_grad as functional_value_and_grad
-from flatopt._gadam import PadamState as PadamState
-from flatopt._gadam import gadam as gadam
-from flatopt._gadam import gadamx as gadamx
-from flatopt._gossip import GossipState as GossipState
-from flatopt._gossip import gossip as gossip
-from flatopt._gossip import mixing_matrix as mixing_matrix
-from flatopt._gradient_at import GradientAtState as GradientAtState
-from flatopt._gradient_at import gradient_at as gradient_at
-from flatopt._hold import HoldPerturbedState as HoldPerturbedState
-from flatopt._hold import MsamState as MsamState
-from flatopt._hold import hold_perturbed as hold_perturbed
-from flatopt._hold import msam as msam
-from flatopt._hold_replicas import HoldReplicasState as HoldReplicasState
-from flatopt._hold_replicas import hold_replicas as hold_replicas
-from flatopt._langevin import LangevinState as LangevinState
-from flatopt._langevin import langevin as langevin
-from flatopt._local_entropy import LocalEntropyState as LocalEntropyState
-from flatopt._local_entropy import local_entropy as local_entropy
-from flatopt._lookahead import LookaheadState as LookaheadState
-from flatopt._lookahead import lookahead as lookahead
-from flatopt._merge import greedy_soup as greedy_soup
-from flatopt._merge import merge_params as merge_params
-from flatopt._merge import merge_weights as merge_weights
-from flatopt._methods import asam as asam
-from flatopt._methods import looksam as looksam
-from flatopt._methods import rwp as rwp
-from flatopt._methods import sam as sam
-from flatopt._methods import wasam as wasam
-from flatopt._mixed_gradients import WsamState as WsamState
-from flatopt._mixed_gradients import gnp as gnp
-from flatopt._mixed_gradients import gsam as gsam
-from flatopt._mixed_gradients import wsam as wsam
-from flatopt._monitor import CosineState as CosineState
-from flatopt._monitor import DistanceState as DistanceState
-from flatopt._monitor import GradientNormState as GradientNormState
-from flatopt._monitor import SharpnessState as SharpnessState
-from flatopt._monitor import record_cosine as record_cosine
-from flatopt._monitor import record_distance as record_distance
-from flatopt._monitor import record_gradient_norm as record_gradient_norm
-from flatopt._monitor import record_sharpness as record_sharpness
-from flatopt._noise import AdaptiveFilterNoiseState as AdaptiveFilterNoiseState
-from flatopt._noise import FilterNoiseState as FilterNoiseState
-from flatopt._noise import NoiseState as NoiseState
-from flatopt._noise import adaptive_filter_noise as adaptive_filter_noise
-from flatopt._noise import filter_noise as filter_noise
-from flatopt._noise import standard_normal as standard_normal
-from flatopt._one_graph import sam_value_and_grad as sam_value_and_grad
-from flatopt._parle import ParleState as ParleState
-from flatopt._parle import parle as parle
-from flatopt._partial import esam as esam
-from flatopt._partial import normalization_mask as normalization_mask
-from flatopt._partial import sam_on as sam_on
-from flatopt._partial import sparse_sam as sparse_sam
-from flatopt._periodic_swa import PeriodicSwaState as PeriodicSwaState
-from flatopt._periodic_swa import periodic_swa as periodic_swa
-from flatopt._perturbations import PerturbationState as PerturbationState
-from flatopt._perturbations import mask_displacement as mask_displacement
-from flatopt._perturbations import scale_to_adaptive_norm as scale_to_adaptive_norm
-from flatopt._perturbations import scale_to_layer_norms as scale_to_layer_norms
-from flatopt._perturbations import scale_to_loss_rise as scale_to_loss_rise
-from flatopt._perturbations import scale_to_norm as scale_to_norm
-from flatopt._replicas import CoupleReplicasState as CoupleReplicasState
-from flatopt._replicas import barycentre as barycentre
-from flatopt._replicas import couple_replicas as couple_replicas
-from flatopt._replicas import replicate_params as replicate_params
-from flatopt._replicated import replicated_sgd as replicated_sgd
-from flatopt._replicated import strength_schedule as strength_schedule
-from flatopt._reuse_direction import ReuseDirectionState as ReuseDirectionState
-from flatopt._reuse_direction import reuse_direction as reuse_direction
-from flatopt._sampa import SampaState as SampaState
-from flatopt._sampa import sampa as sampa
-from flatopt._schedules import constant_phase_start as constant_phase_start
-from flatopt._schedules import cyclic_triangle_schedule as cyclic_triangle_schedule
-from flatopt._schedules import exponential_scoping as exponential_scoping
-from flatopt._schedules import proportional_rho_schedule as proportional_rho_schedule
-from flatopt._schedules import swa_schedule as swa_schedule
-from flatopt._selection import SelectiveGradFn as SelectiveGradFn
-from flatopt._selection import make_selective_grad_fn as make_selective_grad_fn
-from flatopt._selection import select_examples as select_examples
-from flatopt._snapshots import LawaState as LawaState
-from flatopt._snapshots import SnapshotsState as SnapshotsState
-from flatopt._snapshots import lawa as lawa
-from flatopt._snapshots import snapshot_params as snapshot_params
-from flatopt._snapshots import snapshots as snapshots
-from flatopt._sparse import FisherMaskState as FisherMaskState
-from flatopt._sparse import RandomMaskState as RandomMaskState
-from flatopt._sparse import drop_displacement as drop_displacement
-from flatopt._sparse import mask_at_random as mask_at_random
-from flatopt._sparse import mask_by_fisher as mask_by_fisher
-from flatopt._swag import SwagCovariance as SwagCovariance
-from flatopt._swag import SwagState as SwagState
-from flatopt._swag import sample_params as sample_params
-from flatopt._swag import swag as swag
-from flatopt._swag import swag_covariance as swag_covariance
+SAM and its family      sam, asam, gsam, looksam, msam, ...: gradients at a displaced point
+Averages                swa, params_ema, lawa, swag, lookahead, ...: which weights are kept
+Local entropy           local_entropy, entropy_sgd, langevin: a Langevin loop around the weights
+Replicas                replicated_sgd, parle, gossip, ...: several copies that attract each other
+Evaluation              eval_params(opt_state, params): the weights to evaluate, for all of these
+Monitoring              record_sharpness, record_cosine, ...: numbers about a run, in its state
+flatopt.measures        how flat is it? eigenvalues, sharpness, local energy, barriers
+flatopt.curves          low-loss paths between solutions
+flatopt.landscape       the loss along lines and planes; flatopt.plots draws it (matplotlib)
+flatopt.samplers        batches whose noise is correlated in time
+flatopt.linen, .nnx     adapters for Flax, imported by name
+"""
+
+from flatopt import curves, landscape, measures, samplers
+from flatopt._averaging.batch_stats import average_batch_stats
+from flatopt._averaging.fast_geometric_ensemble import (
+    cyclic_triangle_schedule,
+    ensemble_predict,
+    fast_geometric_ensemble,
+)
+from flatopt._averaging.gadam import gadam, gadamx
+from flatopt._averaging.lawa import LawaState, lawa
+from flatopt._averaging.lookahead import LookaheadState, lookahead
+from flatopt._averaging.merging import greedy_soup, merge_params, merge_weights
+from flatopt._averaging.params_ema import params_ema
+from flatopt._averaging.periodic_swa import PeriodicSwaState, periodic_swa
+from flatopt._averaging.power_ema import power_ema
+from flatopt._averaging.running_mean import AverageState
+from flatopt._averaging.snapshots import snapshot_params, snapshots
+from flatopt._averaging.swa import constant_phase_start, swa, swa_schedule
+from flatopt._averaging.swag import SwagCovariance, SwagState, sample_params, swag, swag_covariance
+from flatopt._averaging.wasam import wasam
+from flatopt._core.eval_params import HoldsEvalParams, eval_params
+from flatopt._core.grad_fn import GradFn, GradientFunction, make_grad_fn
+from flatopt._entropy.entropy_sgd import entropy_sgd
+from flatopt._entropy.langevin import langevin
+from flatopt._entropy.local_entropy import exponential_scoping, local_entropy
+from flatopt._monitoring import (
+    CosineState,
+    DistanceState,
+    GradientNormState,
+    SharpnessState,
+    record_cosine,
+    record_distance,
+    record_gradient_norm,
+    record_sharpness,
+)
+from flatopt._replicas.couple_replicas import couple_replicas
+from flatopt._replicas.gossip import gossip, mixing_matrix
+from flatopt._replicas.hold_replicas import HoldReplicasState, hold_replicas
+from flatopt._replicas.parle import parle
+from flatopt._replicas.replicas import barycentre, replicate_params
+from flatopt._replicas.replicated_sgd import replicated_sgd, strength_schedule
+from flatopt._sam.alternate import AlternateState, alternate
+from flatopt._sam.arwp import adaptive_filter_noise, arwp
+from flatopt._sam.asam import asam
+from flatopt._sam.ascent import mask_displacement, scale_to_adaptive_norm, scale_to_norm
+from flatopt._sam.combiners import mix_clean
+from flatopt._sam.esam import drop_displacement, esam, make_selective_grad_fn, select_examples
+from flatopt._sam.friendly_sam import friendly_sam, subtract_gradient_ema
+from flatopt._sam.functional_sam import functional_value_and_grad
+from flatopt._sam.gnp import gnp
+from flatopt._sam.gradient_at import gradient_at
+from flatopt._sam.gsam import gsam, proportional_rho_schedule, scale_to_weighted_norm, surrogate_gap
+from flatopt._sam.hold_perturbed import HoldPerturbedState, hold_perturbed
+from flatopt._sam.le_sam import le_sam, scale_to_loss_rise
+from flatopt._sam.looksam import looksam, reuse_direction, scale_to_layer_norms
+from flatopt._sam.msam import MsamState, msam, msam_sgd
+from flatopt._sam.noise import filter_noise, standard_normal
+from flatopt._sam.rwp import rwp
+from flatopt._sam.sam import sam
+from flatopt._sam.sam_on import normalisation_mask, sam_on
+from flatopt._sam.sampa import sampa
+from flatopt._sam.sparse_sam import empirical_fisher, mask_at_random, mask_by_fisher, sparse_sam
+from flatopt._sam.value_and_grad import sam_value_and_grad
+from flatopt._sam.vasso import smooth_gradient, vasso
+from flatopt._sam.wsam import wsam
+from flatopt._sam.zsharp import keep_large_zscores, zsharp
 
 __version__ = "0.1.0.dev0"
+
+__all__ = [  # noqa: RUF022 (grouped by family)
+    # modules
+    "curves",
+    "landscape",
+    "measures",
+    "samplers",
+    # gradients
+    "eval_params",
+    "GradFn",
+    "GradientFunction",
+    "HoldsEvalParams",
+    "make_grad_fn",
+    # SAM and its family: pieces
+    "filter_noise",
+    "gradient_at",
+    "mask_displacement",
+    "mix_clean",
+    "scale_to_adaptive_norm",
+    "scale_to_norm",
+    "standard_normal",
+    # SAM and its family: a paper a file
+    "adaptive_filter_noise",
+    "alternate",
+    "AlternateState",
+    "arwp",
+    "asam",
+    "drop_displacement",
+    "empirical_fisher",
+    "esam",
+    "friendly_sam",
+    "functional_value_and_grad",
+    "gnp",
+    "gsam",
+    "hold_perturbed",
+    "HoldPerturbedState",
+    "keep_large_zscores",
+    "le_sam",
+    "looksam",
+    "make_selective_grad_fn",
+    "mask_at_random",
+    "mask_by_fisher",
+    "msam",
+    "msam_sgd",
+    "MsamState",
+    "normalisation_mask",
+    "proportional_rho_schedule",
+    "reuse_direction",
+    "rwp",
+    "sam",
+    "sam_on",
+    "sam_value_and_grad",
+    "sampa",
+    "scale_to_layer_norms",
+    "scale_to_loss_rise",
+    "scale_to_weighted_norm",
+    "select_examples",
+    "smooth_gradient",
+    "sparse_sam",
+    "subtract_gradient_ema",
+    "surrogate_gap",
+    "vasso",
+    "wsam",
+    "zsharp",
+    # averages
+    "average_batch_stats",
+    "AverageState",
+    "constant_phase_start",
+    "cyclic_triangle_schedule",
+    "ensemble_predict",
+    "fast_geometric_ensemble",
+    "gadam",
+    "gadamx",
+    "greedy_soup",
+    "lawa",
+    "LawaState",
+    "lookahead",
+    "LookaheadState",
+    "merge_params",
+    "merge_weights",
+    "params_ema",
+    "periodic_swa",
+    "PeriodicSwaState",
+    "power_ema",
+    "sample_params",
+    "snapshot_params",
+    "snapshots",
+    "swa",
+    "swa_schedule",
+    "swag",
+    "swag_covariance",
+    "SwagCovariance",
+    "SwagState",
+    "wasam",
+    # local entropy
+    "entropy_sgd",
+    "exponential_scoping",
+    "langevin",
+    "local_entropy",
+    # replicas
+    "barycentre",
+    "couple_replicas",
+    "gossip",
+    "hold_replicas",
+    "HoldReplicasState",
+    "mixing_matrix",
+    "parle",
+    "replicate_params",
+    "replicated_sgd",
+    "strength_schedule",
+    # monitoring
+    "CosineState",
+    "DistanceState",
+    "GradientNormState",
+    "record_cosine",
+    "record_distance",
+    "record_gradient_norm",
+    "record_sharpness",
+    "SharpnessState",
+]
+
+
+def __dir__() -> list[str]:
+    """What is public."""
+    return sorted([*__all__, "__doc__", "__version__"])

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _batches, _checks, _progress, _random, _tree
+from flatopt._core import batches as _batches
+from flatopt._core import checks, rng, tree_math
+from flatopt._core import progress as _progress
 
 
 class Plane(NamedTuple):
@@ -69,9 +71,9 @@ def random_direction(
             return jnp.zeros_like(param)
         axes = tuple(range(param.ndim - 1)) if normalization == "filter" else None
         lengths = [jnp.sqrt(jnp.sum(x**2, axes, keepdims=True)) for x in (param, noise)]
-        return noise * (lengths[0] / (lengths[1] + _tree.EPSILON)).astype(noise.dtype)
+        return noise * (lengths[0] / (lengths[1] + tree_math.EPSILON)).astype(noise.dtype)
 
-    noise = optax.tree.random_like(_random.as_key(key), params, jax.random.normal)
+    noise = optax.tree.random_like(rng.as_key(key), params, jax.random.normal)
     return jax.tree.map(leaf, noise, params)
 
 
@@ -109,15 +111,15 @@ def plane_through(first: optax.Params, second: optax.Params, third: optax.Params
       Costs no loss. Distances in the picture are true distances.
     """
     to_second, to_third = optax.tree.sub(second, first), optax.tree.sub(third, first)
-    length = _tree.norm(to_second)
-    u = _tree.scale(1 / (length + _tree.EPSILON), to_second)
-    along = _tree.vdot(u, to_third)
+    length = tree_math.norm(to_second)
+    u = tree_math.scale(1 / (length + tree_math.EPSILON), to_second)
+    along = tree_math.vdot(u, to_third)
     rest = jax.tree.map(lambda x, y: x - (along * y).astype(x.dtype), to_third, u)
-    height = _tree.norm(rest)
+    height = tree_math.norm(rest)
     spread = jnp.stack([length, height])
     if not isinstance(spread, jax.core.Tracer) and not height > 1e-6 * (length + jnp.abs(along)):
         raise ValueError("The three networks lie on one line: they span no plane.")
-    v = _tree.scale(1 / (height + _tree.EPSILON), rest)
+    v = tree_math.scale(1 / (height + tree_math.EPSILON), rest)
     zero = jnp.zeros_like(length)
     corners = jnp.stack(
         [jnp.stack([zero, zero]), jnp.stack([length, zero]), jnp.stack([along, height])]
@@ -150,8 +152,8 @@ def project(params: optax.Params, plane: Plane) -> jax.Array:
     """
     offset = optax.tree.sub(params, plane.origin)
     u, v = plane.directions
-    gram = jnp.stack([jnp.stack([_tree.vdot(a, b) for b in (u, v)]) for a in (u, v)])
-    return jnp.linalg.solve(gram, jnp.stack([_tree.vdot(u, offset), _tree.vdot(v, offset)]))
+    gram = jnp.stack([jnp.stack([tree_math.vdot(a, b) for b in (u, v)]) for a in (u, v)])
+    return jnp.linalg.solve(gram, jnp.stack([tree_math.vdot(u, offset), tree_math.vdot(v, offset)]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +244,7 @@ def line(
     places = jnp.linspace(-1.0, 1.0, 25) if positions is None else jnp.asarray(positions, float)
     if places.ndim != 1 or not places.size:
         raise ValueError(f"positions has shape {places.shape}: it must be a list of numbers.")
-    _checks.check_count("chunk", chunk, 1)
+    checks.check_count("chunk", chunk, 1)
     _batches.first_batch(batches)
     grid = _Grid(loss_fn, chunk)
     return places, _batches.run(grid, params, batches, (direction,), places[:, None])
@@ -298,7 +300,7 @@ def plane(
     for name, values in (("xs", columns), ("ys", rows)):
         if values.ndim != 1 or not values.size:
             raise ValueError(f"{name} has shape {values.shape}: it must be a list of numbers.")
-    _checks.check_count("chunk", chunk, 1)
+    checks.check_count("chunk", chunk, 1)
     _batches.first_batch(batches)
     grid = _Grid(loss_fn, chunk)
 

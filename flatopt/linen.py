@@ -13,9 +13,9 @@ from flax import linen as nn
 from flax import struct
 from flax.training import train_state
 
-from flatopt import _tree
-from flatopt._batch_stats import average_batch_stats
-from flatopt._eval import eval_params as _eval_params
+from flatopt._averaging.batch_stats import average_batch_stats
+from flatopt._core import tree_math
+from flatopt._core.eval_params import eval_params as _eval_params
 
 _Path = tuple[str, ...]
 
@@ -165,7 +165,7 @@ def recompute_batch_stats(
     keep = {path: momenta[path[:-1]] for path in leaves if path[:-1] in momenta}
     # From zero, what a layer stores after one batch is (1 - momentum) times what it saw there.
     zeroed = leaves | {
-        path: jnp.zeros_like(leaves[path], _tree.accumulator_dtype(leaves[path].dtype))
+        path: jnp.zeros_like(leaves[path], tree_math.accumulator_dtype(leaves[path].dtype))
         for path in keep
     }
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from flatopt import _base
-from flatopt._batch_stats import average_batch_stats
-from flatopt._eval import eval_params
+from flatopt._averaging.batch_stats import average_batch_stats
+from flatopt._core import grad_fn as _grad_fn
+from flatopt._core.eval_params import eval_params
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -35,7 +35,7 @@ class GradFn:
       has_aux: whether the loss returns `(loss, aux)`. Static.
     """
 
-    pure: _base.GradFn
+    pure: _grad_fn.GradFn
     wrt: Any = nnx.Param
     has_aux: bool = False
 
@@ -115,7 +115,7 @@ def make_grad_fn(
       after `make_grad_fn`: the other way round, the two passes have different dropout masks.
     """
     graphdef, _, rest = _split(model, wrt)
-    pure = _base.make_grad_fn(
+    pure = _grad_fn.make_grad_fn(
         _PureLoss(loss_fn, graphdef, wrt, has_aux),
         *args,
         has_aux=True,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flatopt import _checks, _random
+from flatopt._core import checks, rng
 
 
 class PersistentState(NamedTuple):
@@ -43,14 +43,14 @@ class PersistentSampler(NamedTuple):
     fraction: float
     persistence: float
 
-    def init(self, key: _random.KeyLike = 0) -> PersistentState:
+    def init(self, key: rng.KeyLike = 0) -> PersistentState:
         """Draws the first batch from the stationary law; `key` is a key or an integer seed."""
-        later, now = _random.split(_random.key_data(key))
+        later, now = rng.split(rng.key_data(key))
         return PersistentState(jax.random.bernoulli(now, self.fraction, (self.num_samples,)), later)
 
     def next(self, state: PersistentState) -> PersistentState:
         """Moves every sample's chain one step on; pure, works under `jit`, `scan` and `vmap`."""
-        later, now = _random.split(state.key)
+        later, now = rng.split(state.key)
         leave = (1 - self.fraction) / (self.fraction * self.persistence)
         draws = jax.random.uniform(now, (self.num_samples,))
         # One draw for both: those below `leave` leave, those below 1 / tau enter.
@@ -111,7 +111,7 @@ def persistent_sampler(num_samples: int, fraction: float, persistence: float) ->
       An active batch changes in size: weight the loss of the whole training set with `weights`, as
       in `jnp.sum(weights * losses)`. It is no gradient transformation, and goes with any optimiser.
     """
-    _checks.check_count("num_samples", num_samples, 1)
+    checks.check_count("num_samples", num_samples, 1)
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction={fraction} is out of range: it must be in (0, 1].")
     shortest = max(1.0, (1 - fraction) / fraction)

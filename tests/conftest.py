@@ -3,6 +3,7 @@
 import importlib.util
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -38,6 +39,8 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from tests.replay import Golden, load
+
 TESTS_BETWEEN_CLEARINGS = 150
 _DONE = pytest.StashKey[int]()
 
@@ -50,3 +53,10 @@ def _forget_compiled_programs(request: pytest.FixtureRequest):
     stash[_DONE] = stash.get(_DONE, 0) + 1
     if stash[_DONE] % TESTS_BETWEEN_CLEARINGS == 0:
         jax.clear_caches()
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Iterator[Golden]:
+    """A recorded run, for a test under `tests.replay.replays`; the test runs in float64."""
+    with jax.enable_x64(True):
+        yield load(request.param)

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 
 import flatopt
-from tests.golden_problems import (
+from tests.golden_sam import assert_sam_agrees
+from tests.replay import (
     ATOL,
     RTOL,
     Golden,
@@ -17,7 +18,6 @@ from tests.golden_problems import (
     replay,
     torch_optimizer,
 )
-from tests.golden_sam import assert_sam_agrees
 
 
 def replay_swa_torch(golden: Golden) -> None:
@@ -60,25 +60,25 @@ def replay_wasam(golden: Golden) -> None:
 
 
 def replay_lawa(golden: Golden) -> None:
-    """The official average holds the first weights until its start; flatopt gives the raw ones."""
+    """The official average holds the first weights until its start, while it collects already."""
     hyper = golden.hyper
-    average = flatopt.lawa(hyper["k"], every=hyper["freq"], start=hyper["start_steps"])
+    average = flatopt.lawa(hyper["k"], every=hyper["freq"])
     tx = optax.chain(torch_optimizer(hyper, golden.learning_rate), average)
-    results = golden.results
+    results, replayed = golden.results, replay(golden, tx)
     first = max(1, -(-hyper["start_steps"] // hyper["freq"])) * hyper["freq"]
-    for name, trajectory in golden.tree("traj").items():
+    for name in golden.tree("traj"):
         average_there = results[f"eval/{name}"]
         np.testing.assert_array_equal(
             average_there[1:first], average_there[:1].repeat(first - 1, 0)
         )
-        average_there[:first] = trajectory[:first]
-    assert_agrees(results, replay(golden, tx))
+        average_there[:first] = replayed[f"eval/{name}"][:first]
+    assert_agrees(results, replayed)
 
 
 def replay_swag(golden: Golden) -> None:
     """Means, second moments, deviations, and the sample that the recorded draws make."""
     hyper, rank = golden.hyper, golden.hyper["K"]
-    stage = flatopt.swag(rank, _first(golden, "collect_at_step"), every=hyper["freq"])
+    stage = flatopt.swag(rank, start=_first(golden, "collect_at_step"), every=hyper["freq"])
     tx = optax.chain(torch_optimizer(hyper, golden.learning_rate), stage)
     fields = ("mean", "variance", "deviations")
     buffers = {f"kept_{f}": lambda s, f=f: getattr(s[-1], f) for f in fields}
@@ -142,11 +142,11 @@ def replay_gadam(golden: Golden) -> None:
         "start": _first(golden, "avg_at_step"),
         "every": hyper["freq"],
     }
-    args = (hyper["lr"], b1, b2, hyper.get("eps", 1e-8))
+    shared |= {"b1": b1, "b2": b2, "eps": hyper.get("eps", 1e-8)}
     if hyper["opt"] == "Gadam":
-        tx = flatopt.gadam(*args, **shared)
+        tx = flatopt.gadam(hyper["lr"], **shared)
     else:
-        tx = flatopt.gadamx(*args, partial=hyper["partial"], **shared)
+        tx = flatopt.gadamx(hyper["lr"], partial=hyper["partial"], **shared)
     assert_agrees(golden.results, replay(golden, tx))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from flatopt import curves
-from tests.golden_problems import ATOL, RTOL, Golden, compiled, problem, torch_optimizer
+from tests.replay import ATOL, RTOL, Golden, compiled, problem, torch_optimizer
 
 BASES = {"Bezier": curves.bezier, "PolyChain": curves.polychain}
 

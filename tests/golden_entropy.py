@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 import flatopt
-from tests.golden_problems import (
+from tests.replay import (
     Array,
     Golden,
     assert_agrees,

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 import flatopt
-from tests.golden_problems import (
+from tests.replay import (
     ATOL,
     Array,
     Golden,

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 import flatopt
-from tests.golden_problems import (
+from tests.replay import (
     Golden,
     Params,
     assert_agrees,
@@ -25,8 +25,9 @@ from tests.golden_problems import (
 def replay_gsam(golden: Golden) -> None:
     """The official PyTorch loop leaves radius and learning rate a step apart: both are recorded."""
     hyper = golden.hyper
-    adaptive = "torch" if hyper["adaptive"] else None
-    stage = flatopt.gsam(table(golden.arrays["rho_t"]), hyper["alpha"], adaptive)
+    rho = table(golden.arrays["rho_t"])
+    perturbation = flatopt.scale_to_adaptive_norm(rho) if hyper["adaptive"] else None
+    stage = flatopt.gsam(rho, hyper["alpha"], perturbation=perturbation)
     tx = optax.chain(stage, torch_optimizer(hyper, golden.learning_rate))
     assert_agrees(golden.results, replay(golden, tx))
 
@@ -36,11 +37,12 @@ def replay_gsam_bigvision(golden: Golden) -> None:
     hyper = golden.hyper
     learning_rate = table(hyper["lr_list"])
     bounds = (hyper["rho_max"], hyper["rho_min"], hyper["lr_max"], hyper["lr_min"])
+    rho = flatopt.proportional_rho_schedule(learning_rate, *bounds)
     stage = flatopt.gsam(
-        flatopt.proportional_rho_schedule(learning_rate, *bounds),
+        rho,
         hyper["alpha"],
-        adaptive="big_vision" if hyper["adaptive"] else None,
-        minimize_perturbed=hyper["minimize_fp"],
+        perturbation=flatopt.scale_to_weighted_norm(rho) if hyper["adaptive"] else None,
+        minimise_perturbed=hyper["minimize_fp"],
     )
     tx = optax.chain(stage, torch_optimizer(hyper, learning_rate))
     buffers = {"gsam": lambda s: optax.tree.get(s, "trace")}
@@ -49,7 +51,7 @@ def replay_gsam_bigvision(golden: Golden) -> None:
 
 def replay_gnp(golden: Golden) -> None:
     hyper = golden.hyper
-    stage = flatopt.gnp(hyper["r"], hyper["alpha"], normalize_clean=hyper["norm_perturbations"])
+    stage = flatopt.gnp(hyper["r"], hyper["alpha"], normalise_clean=hyper["norm_perturbations"])
     tx = optax.chain(stage, torch_optimizer(hyper, golden.learning_rate))
     assert_agrees(golden.results, replay(golden, tx))
 
@@ -66,7 +68,9 @@ def replay_wsam(golden: Golden) -> None:
 
 def replay_fsam(golden: Golden) -> None:
     hyper = golden.hyper
-    stage = flatopt.friendly_sam(hyper["rho"], hyper["sigma"], hyper["lmbda"], hyper["adaptive"])
+    stage = flatopt.friendly_sam(
+        hyper["rho"], sigma=hyper["sigma"], decay=hyper["lmbda"], adaptive=hyper["adaptive"]
+    )
     tx = optax.chain(stage, torch_optimizer(hyper, golden.learning_rate))
     buffers = {"ema": lambda s: optax.tree.get(s, "ema")}
     assert_agrees(golden.results, replay(golden, tx, buffers=buffers))
@@ -90,7 +94,9 @@ def replay_looksam(golden: Golden) -> None:
 def replay_rwp(golden: Golden) -> None:
     """The displaced gradient is taken on the second batch of a step, if there are two."""
     hyper = golden.hyper
-    stage = flatopt.rwp(hyper["gamma"], hyper["alpha"], filter_axis=0, noise=_recorded(golden))
+    stage = flatopt.rwp(
+        hyper["gamma"], alpha=hyper["alpha"], filter_axis=0, noise=_recorded(golden)
+    )
     tx = optax.chain(stage, torch_optimizer(hyper, golden.learning_rate))
     assert_agrees(golden.results, replay(golden, tx, extra_batch=lambda t, i: (t, 1)))
 
@@ -98,7 +104,9 @@ def replay_rwp(golden: Golden) -> None:
 def replay_arwp(golden: Golden) -> None:
     hyper = golden.hyper
     noise = _recorded(golden)
-    stage = flatopt.arwp(hyper["std"], hyper["eta"], hyper["beta"], filter_axis=0, noise=noise)
+    stage = flatopt.arwp(
+        hyper["std"], eta=hyper["eta"], decay=hyper["beta"], filter_axis=0, noise=noise
+    )
     tx = optax.chain(stage, torch_optimizer(hyper, golden.learning_rate))
     assert_agrees(golden.results, replay(golden, tx))
 
@@ -116,7 +124,7 @@ def replay_esam(golden: Golden) -> None:
         )
         return grad_fn(point, 0)
 
-    stage = flatopt.esam(hyper["rho"], hyper["beta"], epsilon=1e-7)
+    stage = flatopt.esam(hyper["rho"], beta=hyper["beta"], epsilon=1e-7)
     tx = optax.chain(stage, torch_optimizer(hyper, golden.learning_rate))
     replayed = replay(golden, tx, extra_grad=extra_grad)
     _, batch = problem(golden)

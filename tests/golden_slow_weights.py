@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import flatopt
-from tests.golden_problems import (
+from tests.replay import (
     ATOL,
     RTOL,
     Array,
@@ -60,7 +60,8 @@ def replay_lookahead_alphadl(golden: Golden) -> None:
     """These slow weights begin after the first step."""
     hyper = golden.hyper
     base = torch_optimizer(hyper, golden.learning_rate, hyper["base"])
-    tx = flatopt.lookahead(base, every=hyper["k"], slow_step_size=hyper["alpha"], start=1)
+    every = hyper["k"]
+    tx = flatopt.lookahead(base, every=every, slow_step_size=hyper["alpha"], start=1 + every)
     assert_agrees(_with_slow_weights(golden), replay(golden, tx))
 
 
@@ -143,7 +144,7 @@ def _assert_restarts(
     tx = flatopt.periodic_swa(
         torch_optimizer(hyper, golden.learning_rate),
         updates,
-        start=begin * steps,
+        start=(begin + 1) * steps,
         every=steps,
         stop=None if stop is None else stop * steps,
     )

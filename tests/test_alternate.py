@@ -50,7 +50,7 @@ def _pairs(tx, steps, donate=False):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_second_call_equals_gradient_at(perturbation: str, optimizer: str):
     p, o = PERTURBATIONS[perturbation], OPTIMIZERS[optimizer]
-    after, state = _pairs(flatopt.alternate(p, o), 6)
+    after, state = _pairs(flatopt.alternate(o, p), 6)
     whole = optax.chain(flatopt.gradient_at(p), o)
     for i, params in enumerate(after):
         cases.assert_close(params, cases.run(whole, steps=i + 1)[0])
@@ -64,7 +64,7 @@ def test_the_way_back_has_one_rounding(dtype: str):
     """The displacement, a thousand times the step, leaves no trace in the parameters."""
     with jax.enable_x64(dtype == "float64"):
         params = jnp.linspace(1.0, 2.0, 50, dtype=dtype)
-        tx = flatopt.alternate(flatopt.scale_to_norm(1.0), optax.sgd(0.5))
+        tx = flatopt.alternate(optax.sgd(0.5), flatopt.scale_to_norm(1.0))
         opt_state = tx.init(params)
         updates, opt_state = tx.update(params, opt_state, params)
         displaced = optax.apply_updates(params, updates)
@@ -75,7 +75,7 @@ def test_the_way_back_has_one_rounding(dtype: str):
 
 
 def test_the_clean_point_is_evaluated_at_the_displaced_one():
-    tx = flatopt.alternate(flatopt.scale_to_norm(RHO), cases.sgd())
+    tx = flatopt.alternate(cases.sgd(), flatopt.scale_to_norm(RHO))
     params = cases.init_params()
     opt_state, step = tx.init(params), _step(tx)
     cases.assert_equal(flatopt.eval_params(opt_state, params), params)
@@ -88,7 +88,7 @@ def test_the_clean_point_is_evaluated_at_the_displaced_one():
 
 def test_averages_inside_see_clean_points_only():
     p, inner = flatopt.scale_to_norm(RHO), optax.chain(cases.sgd(), flatopt.swa())
-    tx = flatopt.alternate(p, inner)
+    tx = flatopt.alternate(inner, p)
     after, opt_state = _pairs(tx, 4)
     expected = jax.tree.map(lambda *ws: sum(ws) / len(ws), *after)
     cases.assert_close(flatopt.eval_params(opt_state, after[-1]), expected)
@@ -97,7 +97,7 @@ def test_averages_inside_see_clean_points_only():
 
 
 def test_scan_over_calls():
-    tx = flatopt.alternate(flatopt.scale_to_norm(RHO), optax.adam(0.05))
+    tx = flatopt.alternate(optax.adam(0.05), flatopt.scale_to_norm(RHO))
     batches = [cases.make_batch(i // 2) for i in range(8)]
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
 
@@ -110,12 +110,12 @@ def test_scan_over_calls():
 
 
 def test_donated_buffers():
-    tx = flatopt.alternate(flatopt.scale_to_norm(RHO), cases.sgd())
+    tx = flatopt.alternate(cases.sgd(), flatopt.scale_to_norm(RHO))
     cases.assert_close(_pairs(tx, 3, donate=True)[0], _pairs(tx, 3)[0])
 
 
 def test_resumes_in_the_middle_of_a_pair_bit_for_bit():
-    tx = flatopt.alternate(flatopt.scale_to_norm(RHO), optax.adam(0.05))
+    tx = flatopt.alternate(optax.adam(0.05), flatopt.scale_to_norm(RHO))
     step, params = _step(tx), cases.init_params()
     opt_state = tx.init(params)
     for i in range(3):
@@ -133,7 +133,7 @@ def test_resumes_in_the_middle_of_a_pair_bit_for_bit():
 @pytest.mark.parametrize("bad", ["clean", "perturbed"])
 def test_a_call_that_is_not_finite_is_left_out(bad: str):
     """`apply_if_finite` around it sees both gradients; the missing half is the next call's."""
-    tx = optax.apply_if_finite(flatopt.alternate(flatopt.scale_to_norm(0.1), optax.sgd(0.5)), 3)
+    tx = optax.apply_if_finite(flatopt.alternate(optax.sgd(0.5), flatopt.scale_to_norm(0.1)), 3)
     params = jnp.array([3.0, -4.0])
     opt_state = tx.init(params)
     poison = jnp.array([0.0, jnp.nan])
@@ -153,7 +153,7 @@ def test_the_optimiser_never_sees_the_clean_gradient():
     poisoned = optax.GradientTransformation(
         lambda params: jnp.zeros([]), lambda updates, state, params=None: (updates * jnp.nan, state)
     )
-    tx, params = flatopt.alternate(flatopt.scale_to_norm(0.5), poisoned), jnp.array([3.0, 4.0])
+    tx, params = flatopt.alternate(poisoned, flatopt.scale_to_norm(0.5)), jnp.array([3.0, 4.0])
     updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     np.testing.assert_allclose(updates, [0.3, 0.4], rtol=1e-6)
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state))
@@ -162,7 +162,7 @@ def test_the_optimiser_never_sees_the_clean_gradient():
 def test_multi_steps_around_it_is_sam_on_the_mean_of_its_batches():
     """First all micro-batches at the clean point, then all of them at the displaced one."""
     k, p = 4, flatopt.scale_to_norm(0.5)
-    tx = optax.MultiSteps(flatopt.alternate(p, cases.sgd()), k).gradient_transformation()
+    tx = optax.MultiSteps(flatopt.alternate(cases.sgd(), p), k).gradient_transformation()
     params = cases.init_params()
     opt_state, step = tx.init(params), _step(tx)
     batches = [cases.make_batch(i, size=4 * k) for i in range(3)]
@@ -180,7 +180,7 @@ def test_multi_steps_around_it_is_sam_on_the_mean_of_its_batches():
 
 def test_a_fresh_batch_every_call_takes_half_as_many_steps():
     """Ascent on one batch, descent on the next: what the loop decides, the wrapper does."""
-    tx = flatopt.alternate(flatopt.scale_to_norm(RHO), cases.sgd())
+    tx = flatopt.alternate(cases.sgd(), flatopt.scale_to_norm(RHO))
     params, clean = cases.init_params(), cases.init_params()
     opt_state, state, step = tx.init(params), cases.sgd().init(clean), _step(tx)
     for i in range(4):

@@ -321,7 +321,7 @@ def test_nnx_apply_eval_params_without_averages_gives_the_parameters():
 def test_nnx_alternate_needs_no_grad_fn():
     """The two-call form in a loop that only knows `optimizer.update(model, grads)`."""
     model, other = (nnx.Linear(4, 2, rngs=nnx.Rngs(0)) for _ in range(2))
-    two_calls = flatopt.alternate(flatopt.scale_to_norm(0.1), SGD)
+    two_calls = flatopt.alternate(SGD, flatopt.scale_to_norm(0.1))
     optimizer = nnx.Optimizer(model, two_calls, wrt=nnx.Param)
     one_call = nnx.Optimizer(other, optax.chain(flatopt.sam(0.1), SGD), wrt=nnx.Param)
     for _ in range(3):

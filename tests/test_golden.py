@@ -1,14 +1,8 @@
-"""Replays trajectories that the authors' own programs recorded, in float64.
+"""No recorded run is left out: each file has a test that replays it, beside its method's tests."""
 
-`tests/golden/README.md` describes the files. The environment variable FLATOPT_GOLDEN_DIR names
-another folder of such files: there is one adapter per method, and each reads its hyperparameters
-from the file, so that files with other seeds, shapes, lengths and hyperparameters replay too.
-"""
-
-import os
 import pathlib
+import re
 
-import jax
 import pytest
 
 from tests import (
@@ -19,12 +13,9 @@ from tests import (
     golden_sam_family,
     golden_slow_weights,
 )
-from tests.golden_problems import load
+from tests.replay import FOLDER, OWN_FOLDER, Golden
 
-_DEFAULT = pathlib.Path(__file__).parent / "golden"
-FOLDER = pathlib.Path(os.environ.get("FLATOPT_GOLDEN_DIR", _DEFAULT))
-FILES = sorted(FOLDER.glob("*.npz"))
-ADAPTERS = (
+MOVING = (
     golden_sam.ADAPTERS
     | golden_sam_family.ADAPTERS
     | golden_averages.ADAPTERS
@@ -32,32 +23,53 @@ ADAPTERS = (
     | golden_entropy.ADAPTERS
     | golden_curves.ADAPTERS
 )
-# Recorded programs that flatopt has no counterpart of. What is neither here nor above fails.
-NOT_OURS = {"rigl": "RigL prunes and regrows weights: it trains sparse networks, not flat minima."}
-
-
-def test_the_folder_holds_files() -> None:
-    assert FILES, f"no .npz file in {FOLDER}"
-
-
-def test_nothing_in_the_repository_is_left_out() -> None:
-    methods = {path.name.split("__")[0] for path in _DEFAULT.glob("*.npz")}
-    assert methods == set(ADAPTERS)
-
-
-def _mark(path: pathlib.Path) -> list[pytest.MarkDecorator]:
-    """Files of the full-batch problem count as extra: only their data differ from the others."""
-    extra = FOLDER == _DEFAULT and "__mlp_full__" in path.name
-    return [pytest.mark.exhaustive] if extra else []
-
-
-@pytest.mark.parametrize(
-    "path", [pytest.param(path, id=path.name, marks=_mark(path)) for path in FILES]
+TESTS = pathlib.Path(__file__).parent
+# Rows of the table "Not replayed" in the README of the recorded runs: `method` | why.
+NOT_REPLAYED = dict(
+    re.findall(
+        r"^\| `(\w+)` \| (.+) \|$",
+        (OWN_FOLDER / "README.md").read_text().partition("## Not replayed")[2],
+        re.MULTILINE,
+    )
 )
-def test_replays(path: pathlib.Path) -> None:
-    golden = load(path)
-    if golden.method in NOT_OURS:
-        pytest.skip(NOT_OURS[golden.method])
-    assert golden.method in ADAPTERS, f"no adapter for method {golden.method}"
-    with jax.enable_x64(True):
-        ADAPTERS[golden.method](golden)
+
+
+def methods_with_a_replay() -> set[str]:
+    texts = (path.read_text() for path in TESTS.rglob("test_*.py"))
+    return {name for text in texts for name in re.findall(r'^@replays\("(\w+)"\)', text, re.M)}
+
+
+def methods_in(folder: pathlib.Path) -> set[str]:
+    return {path.name.split("__")[0] for path in folder.glob("*.npz")}
+
+
+@pytest.mark.golden
+def test_the_folder_holds_files():
+    assert methods_in(FOLDER), f"no .npz file in {FOLDER}"
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("method", sorted(methods_in(FOLDER)))
+def test_a_recorded_method_is_replayed_or_the_readme_says_why_not(method: str):
+    replayed = method in methods_with_a_replay() | set(MOVING)
+    assert replayed or method in NOT_REPLAYED, f"no test replays {method}"
+    assert not (replayed and method in NOT_REPLAYED), f"{method} is replayed: take it off the list"
+
+
+def test_a_replay_without_a_recorded_run_is_no_test():
+    assert methods_with_a_replay() <= methods_in(OWN_FOLDER)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(
+    "golden",
+    [
+        pytest.param(path, id=path.name)
+        for path in sorted(FOLDER.glob("*.npz"))
+        if path.name.split("__")[0] in MOVING
+        and not (FOLDER == OWN_FOLDER and "mlp_full" in path.name)
+    ],
+    indirect=True,
+)
+def test_replays(golden: Golden) -> None:
+    MOVING[golden.method](golden)

@@ -19,7 +19,13 @@ TRIPLES = [(1.0, 0.5, 0.1), (3.0, 1.0, 1.0), (0.2, 2.0, 0.01), (0.0, 1.0, 0.5), 
 def _emit(curvature, gamma, temperature, *, rate, steps, averaging, seed=0, **kwargs):
     """`w - mu` of one loop at w = 1 in the loss `curvature |w|^2 / 2`."""
     stage = flatopt.local_entropy(
-        steps, gamma, rate, np.sqrt(temperature), averaging=averaging, key=seed, **kwargs
+        steps,
+        gamma,
+        inner_learning_rate=rate,
+        noise=np.sqrt(temperature),
+        averaging=averaging,
+        key=seed,
+        **kwargs,
     )
     w = jnp.ones([WALKERS])
     grad_fn = lambda w, i: curvature * w  # noqa: E731
@@ -69,7 +75,9 @@ def test_covariance_of_a_coupled_quadratic():
     """T (H + gamma)^-1, off the diagonal too."""
     hessian = jnp.array([[2.0, 0.8], [0.8, 0.5]])
     gamma, temperature = 1.0, 0.3
-    stage = flatopt.local_entropy(400, gamma, 0.02, np.sqrt(temperature), averaging=0.0)
+    stage = flatopt.local_entropy(
+        400, gamma, inner_learning_rate=0.02, noise=np.sqrt(temperature), averaging=0.0
+    )
     w = jnp.tile(jnp.array([1.0, -2.0]), (WALKERS, 1))
     grad_fn = lambda w, i: w @ hessian  # noqa: E731
     grads, _ = stage.update(grad_fn(w, 0), stage.init(w), w, grad_fn=grad_fn)
@@ -103,7 +111,12 @@ def test_large_gamma_gives_the_gradient_of_the_loss():
     distances = []
     for gamma in (1e1, 1e2, 1e3):
         stage = flatopt.local_entropy(
-            30, gamma, 0.5 / gamma, noise=0.0, averaging=0.5, scale_by_gamma=True
+            30,
+            gamma,
+            inner_learning_rate=0.5 / gamma,
+            noise=0.0,
+            averaging=0.5,
+            scale_by_gamma=True,
         )
         emitted, _ = stage.update(grads, stage.init(params), params, grad_fn=grad_fn)
         distances.append(float(optax.tree.norm(optax.tree.sub(emitted, grads))))
@@ -118,7 +131,7 @@ def test_one_step_is_a_multiple_of_the_gradient(gamma: float):
     """The first step starts at the centre, where the spring does not pull."""
     params, batch = cases.init_params(), cases.make_batch()
     grads = jax.grad(cases.loss_fn)(params, batch)
-    stage = flatopt.local_entropy(1, gamma, 0.2, noise=0.0, averaging=0.75)
+    stage = flatopt.local_entropy(1, gamma, inner_learning_rate=0.2, noise=0.0, averaging=0.75)
     emitted, _ = stage.update(grads, stage.init(params), params)  # It needs no gradient either.
     cases.assert_close(emitted, optax.tree.scale(0.2 * 0.25, grads), rtol=1e-5)
 
@@ -141,7 +154,7 @@ def test_wide_and_narrow_valleys():
     walkers = jnp.full([4000], 0.4)
     grad_fn = lambda w, i: jax.vmap(jax.grad(loss))(w)  # noqa: E731
     stage = flatopt.local_entropy(
-        600, 0.3, 0.01, noise=np.sqrt(0.3), averaging=0.99, scale_by_gamma=True
+        600, 0.3, inner_learning_rate=0.01, noise=np.sqrt(0.3), averaging=0.99, scale_by_gamma=True
     )
     grads, _ = jax.jit(lambda w: stage.update(grad_fn(w, 0), stage.init(w), w, grad_fn=grad_fn))(
         walkers
@@ -244,8 +257,8 @@ def test_adds_what_it_says_step_by_step():
                 stage = flatopt.local_entropy(
                     4,
                     gamma,
-                    h,
-                    noise,
+                    inner_learning_rate=h,
+                    noise=noise,
                     momentum=beta,
                     nesterov=nesterov,
                     averaging=past,
@@ -386,7 +399,12 @@ def test_langevin_behind_local_entropy_is_entropy_sgld():
     curvature, gamma, temperature = 2.0, 1.0, 0.5
     tx = optax.chain(
         flatopt.local_entropy(
-            15, gamma, 0.5 / (curvature + gamma), noise=0.0, averaging=0.0, scale_by_gamma=True
+            15,
+            gamma,
+            inner_learning_rate=0.5 / (curvature + gamma),
+            noise=0.0,
+            averaging=0.0,
+            scale_by_gamma=True,
         ),
         flatopt.langevin(0.1, temperature),
     )

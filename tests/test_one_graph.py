@@ -16,7 +16,7 @@ def _clean_and_sharp(perturbation, num_steps=None):
     """Value and gradient as the stage of the chain gives them."""
     params, batch = cases.init_params(), cases.make_batch()
     grad_fn = flatopt.make_grad_fn(cases.loss_fn, batch)
-    stage = flatopt.gradient_at(perturbation, num_steps)
+    stage = flatopt.gradient_at(perturbation, num_steps=num_steps)
     value, clean = grad_fn.value_and_grad(params)
     sharp, _ = stage.update(clean, stage.init(params), params, grad_fn=grad_fn)
     return value, sharp
@@ -29,7 +29,7 @@ def _clean_and_sharp(perturbation, num_steps=None):
     ids=["sam", "asam"],
 )
 def test_equals_the_stage(perturbation, num_steps):
-    function = flatopt.sam_value_and_grad(cases.loss_fn, perturbation, num_steps)
+    function = flatopt.sam_value_and_grad(cases.loss_fn, perturbation, num_steps=num_steps)
     value, grads = jax.jit(function)(cases.init_params(), cases.make_batch())
     expected_value, expected = _clean_and_sharp(perturbation, num_steps)
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)

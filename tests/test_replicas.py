@@ -87,18 +87,22 @@ def _sgd():
 
 
 METHODS = {
-    "couple": lambda axis: optax.chain(flatopt.couple_replicas(0.5, axis), _sgd()),
+    "couple": lambda axis: optax.chain(flatopt.couple_replicas(0.5, axis_name=axis), _sgd()),
     "couple_schedule": lambda axis: optax.chain(
-        flatopt.couple_replicas(flatopt.exponential_scoping(0.1, 0.5), axis), _sgd()
+        flatopt.couple_replicas(flatopt.exponential_scoping(0.1, 0.5), axis_name=axis), _sgd()
     ),
-    "couple_every": lambda axis: optax.chain(flatopt.couple_replicas(0.5, axis, every=2), _sgd()),
+    "couple_every": lambda axis: optax.chain(
+        flatopt.couple_replicas(0.5, axis_name=axis, every=2), _sgd()
+    ),
     "parle": lambda axis: flatopt.parle(0.05, 0.1, 0.5, every=2, axis_name=axis),
     **{
-        f"gossip_{topology}": lambda axis, topology=topology: flatopt.gossip(_sgd(), topology, axis)
+        f"gossip_{topology}": lambda axis, topology=topology: flatopt.gossip(
+            _sgd(), topology, axis_name=axis
+        )
         for topology in TOPOLOGIES
     },
     "gossip_matrix": lambda axis: flatopt.gossip(
-        _sgd(), flatopt.mixing_matrix("exponential", NUMBER), axis
+        _sgd(), flatopt.mixing_matrix("exponential", NUMBER), axis_name=axis
     ),
 }
 
@@ -153,13 +157,13 @@ def test_pull_is_the_gradient_of_the_springs():
 def test_strength_zero_is_independent_training_bit_for_bit(axis):
     start = _replicas()
     train = _train_leading if axis is None else _train_vmapped
-    coupled = train(optax.chain(flatopt.couple_replicas(0.0, axis), _sgd()), start)
+    coupled = train(optax.chain(flatopt.couple_replicas(0.0, axis_name=axis), _sgd()), start)
     cases.assert_equal(coupled, train(_sgd(), start))
 
 
 def test_strength_zero_on_eight_devices_bit_for_bit():
     start = _replicas()
-    coupled = optax.chain(flatopt.couple_replicas(0.0, "replicas"), _sgd())
+    coupled = optax.chain(flatopt.couple_replicas(0.0, axis_name="replicas"), _sgd())
     cases.assert_equal(_train_sharded(coupled, start), _train_sharded(_sgd(), start))
 
 
@@ -206,7 +210,7 @@ def test_strong_coupling_makes_the_replicas_collapse():
 def test_automatic_strength(axis):
     """The unit: the mean loss over the mean half squared distance, in the first updates."""
     params = {"w": jnp.array([[1.0], [3.0]])}
-    stage = flatopt.couple_replicas(lambda step: 2.0, axis, automatic=2)
+    stage = flatopt.couple_replicas(lambda step: 2.0, axis_name=axis, automatic=2)
     update = stage.update
     init = stage.init
     if axis is not None:
@@ -314,7 +318,7 @@ def test_sam_per_replica():
     """Inside a mapped axis, and in a wrapper: each replica ascends along its own gradient."""
     number, start = 3, _replicas(3)
     tx = lambda axis: optax.chain(  # noqa: E731
-        flatopt.sam(0.2), flatopt.couple_replicas(0.5, axis), optax.sgd(0.1)
+        flatopt.sam(0.2), flatopt.couple_replicas(0.5, axis_name=axis), optax.sgd(0.1)
     )
     batches = _batches(0, number)
     mapped = _train_vmapped(tx("replicas"), start, steps=1)
@@ -354,10 +358,10 @@ def test_sam_per_replica():
 def test_the_other_methods_in_a_loop_that_knows_of_one_model(method: str):
     inner = {
         "parle": flatopt.parle(0.05, 0.1, 0.5, every=2, axis_name="replicas"),
-        "gossip": flatopt.gossip(_sgd(), "ring", "replicas"),
+        "gossip": flatopt.gossip(_sgd(), "ring", axis_name="replicas"),
         "local_entropy": optax.chain(
             flatopt.local_entropy(3, 0.1, noise=0.0),
-            flatopt.couple_replicas(0.5, "replicas"),
+            flatopt.couple_replicas(0.5, axis_name="replicas"),
             optax.sgd(0.5),
         ),
     }[method]

@@ -103,7 +103,7 @@ def _before_sgd(
 
 def _wsam(setting: Setting) -> optax.GradientTransformation:
     schedule = optax.cosine_decay_schedule(setting.learning_rate, setting.steps)
-    return flatopt.wsam(_sgd(setting), schedule, SAM_RHO, gamma=WSAM_GAMMA)
+    return flatopt.wsam(_sgd(setting), schedule, rho=SAM_RHO, gamma=WSAM_GAMMA)
 
 
 def _msam(setting: Setting) -> optax.GradientTransformation:
@@ -223,7 +223,7 @@ METHODS: dict[str, Method] = {
                 ("vasso", lambda: flatopt.vasso(SAM_RHO), f"VaSSO, rho {SAM_RHO}"),
                 (
                     "looksam",
-                    lambda: flatopt.looksam(SAM_RHO, LOOKSAM_EVERY, LOOKSAM_ALPHA),
+                    lambda: flatopt.looksam(SAM_RHO, every=LOOKSAM_EVERY, alpha=LOOKSAM_ALPHA),
                     f"LookSAM, rho {SAM_RHO}, every {LOOKSAM_EVERY}, alpha {LOOKSAM_ALPHA}",
                 ),
                 ("rwp", lambda: flatopt.rwp(RWP_STD), f"random weight perturbation, {RWP_STD}"),

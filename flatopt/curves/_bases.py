@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from flatopt import _checks
+from flatopt._core import checks
 
 # (position in [0, 1], number of control points) -> their coefficients
 Basis = Callable[[jax.typing.ArrayLike, int], jax.Array]
@@ -38,7 +38,7 @@ def bezier(position: jax.typing.ArrayLike, num_bends: int) -> jax.Array:
     Notes:
       The curve passes through its ends, and is pulled towards the other control points.
     """
-    _checks.check_count("num_bends", num_bends, 2)
+    checks.check_count("num_bends", num_bends, 2)
     t = jnp.asarray(position, jnp.result_type(float))
     coefficients = [jnp.ones([], t.dtype)]
     for _ in range(num_bends - 1):  # One degree higher: de Casteljau's recursion.
@@ -75,6 +75,6 @@ def polychain(position: jax.typing.ArrayLike, num_bends: int) -> jax.Array:
     Notes:
       The chain passes through every control point. With two it is the straight line.
     """
-    _checks.check_count("num_bends", num_bends, 2)
+    checks.check_count("num_bends", num_bends, 2)
     t = jnp.asarray(position, jnp.result_type(float))
     return jnp.maximum(0.0, 1 - jnp.abs(t * (num_bends - 1) - jnp.arange(num_bends)))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _batches
+from flatopt._core import batches as _batches
 from flatopt.curves._bases import Basis, bezier
 from flatopt.curves._points import point
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _checks
+from flatopt._core import checks
 from flatopt.curves._bases import Basis, bezier, polychain
 
 
@@ -70,8 +70,8 @@ def fixed_points(num_solutions: int = 2, num_bends: int = 3) -> tuple[int, ...]:
     Notes:
       A Bezier curve passes through its two ends only; use `polychain` for more.
     """
-    _checks.check_count("num_solutions", num_solutions, 2)
-    _checks.check_count("num_bends", num_bends, num_solutions)
+    checks.check_count("num_solutions", num_solutions, 2)
+    checks.check_count("num_bends", num_bends, num_solutions)
     every, rest = divmod(num_bends - 1, num_solutions - 1)
     if rest:
         raise ValueError(

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _batches, _checks, _progress, _random, _tree
+from flatopt._core import batches as _batches
+from flatopt._core import checks, rng, tree_math
+from flatopt._core import progress as _progress
 from flatopt.curves._bases import Basis, bezier
 from flatopt.curves._points import point
 
@@ -46,16 +48,16 @@ def curve_loss(
     Notes:
       Cost: that of the loss. In training a network with BatchNorm uses the statistics of the batch.
     """
-    _checks.check_number("weight_decay", weight_decay, low=0.0)
+    checks.check_number("weight_decay", weight_decay, low=0.0)
 
     def loss(
         controls: optax.Params, position: jax.typing.ArrayLike, *args: Any, **kwargs: Any
     ) -> jax.Array:
         params = point(controls, position, basis)
         value = loss_fn(params, *args, **kwargs)
-        if _checks.is_zero(weight_decay):
+        if checks.is_number(weight_decay, 0):
             return value
-        return value + 0.5 * weight_decay * _tree.vdot(params, params)
+        return value + 0.5 * weight_decay * tree_math.vdot(params, params)
 
     return loss
 
@@ -168,7 +170,7 @@ def train(
         return optax.apply_updates(controls, updates), opt_state
 
     opt_state = tx.init(controls)
-    random_key = _random.as_key(key)
+    random_key = rng.as_key(key)
     for number, batch in enumerate(_progress.bar(batches, "curve", progress)):
         controls, opt_state = step(
             controls, opt_state, jax.random.fold_in(random_key, number), batch

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _batches, _checks
+from flatopt._core import batches as _batches
+from flatopt._core import checks
 from flatopt.measures import _variables
 from flatopt.measures._variables import Variables
 
@@ -118,7 +119,7 @@ def profile(
     path: Any,
 ) -> Barrier:
     """Checks the arguments, and takes the losses along `path` and their barrier."""
-    _checks.check_count("num_points", num_points, 2)
+    checks.check_count("num_points", num_points, 2)
     _variables.check_alike("other_params", other_params, params)
     variables = _variables.prepare(loss_fn, params, batches, None)
     _variables.prepare(loss_fn, other_params, batches, None)

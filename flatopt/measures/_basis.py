@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flatopt import _checks, _tree
+from flatopt._core import checks, tree_math
 from flatopt.measures._variables import Vector
 
 TINY = 1e-30  # Guards quotients of quantities that may be exactly zero.
@@ -45,7 +45,7 @@ def set_row(basis: Vector, i: Any, vector: Vector) -> Vector:
 def random_unit(key: jax.Array, template: Vector) -> Vector:
     """A unit vector of uniformly random direction."""
     vector = random_normal(key, template)
-    return _tree.scale(1 / (_tree.norm(vector) + TINY), vector)
+    return tree_math.scale(1 / (tree_math.norm(vector) + TINY), vector)
 
 
 def random_normal(key: jax.Array, template: Vector) -> Vector:
@@ -62,9 +62,9 @@ def like(template: jax.Array, value: jax.Array) -> jax.Array:
 
 def products(basis: Vector, vector: Vector) -> jax.Array:
     """Scalar products of every basis vector with `vector`."""
-    # Elementwise, as in `_tree.vdot`: a dot product may be rounded to bfloat16 or TF32.
+    # Elementwise, as in `tree_math.vdot`: a dot product may be rounded to bfloat16 or TF32.
     terms = [
-        jnp.sum(b * x[None], axis=tuple(range(1, b.ndim)), dtype=_tree.scalar_dtype(basis))
+        jnp.sum(b * x[None], axis=tuple(range(1, b.ndim)), dtype=tree_math.scalar_dtype(basis))
         for b, x in zip(basis, vector, strict=True)
     ]
     return jnp.sum(jnp.stack(terms), axis=0)
@@ -99,10 +99,10 @@ def extend(basis: Vector, vector: Vector, key: jax.Array) -> Extension:
         inside = combine(coefficients, basis)
         return tuple(x - y for x, y in zip(vector, inside, strict=True)), coefficients
 
-    before = _tree.norm(vector)
+    before = tree_math.norm(vector)
     once, first = project(vector)
     twice, second = project(once)
-    length = _tree.norm(twice)
+    length = tree_math.norm(twice)
     noise = 32 * jnp.finfo(length.dtype).eps * before
     lost = (length <= noise) | (length <= TINY)
 
@@ -110,17 +110,17 @@ def extend(basis: Vector, vector: Vector, key: jax.Array) -> Extension:
         fresh = random_unit(key, vector)
         for _ in range(3):
             fresh = project(fresh)[0]
-            fresh = _tree.scale(1 / (_tree.norm(fresh) + TINY), fresh)
+            fresh = tree_math.scale(1 / (tree_math.norm(fresh) + TINY), fresh)
         return fresh
 
-    unit = jax.lax.cond(lost, replace, lambda: _tree.scale(1 / (length + TINY), twice))
+    unit = jax.lax.cond(lost, replace, lambda: tree_math.scale(1 / (length + TINY), twice))
     return Extension(unit, jnp.where(lost, 0.0, length), first + second)
 
 
 def orthonormalise(vectors: Vector, key: jax.Array) -> tuple[Vector, jax.Array]:
     """QR decomposition of the vectors as columns: an orthonormal basis, and the triangle R."""
     number = vectors[0].shape[0]
-    dtype = _tree.scalar_dtype(vectors)
+    dtype = tree_math.scalar_dtype(vectors)
 
     def one(i: Any, carry: tuple[Vector, jax.Array]) -> tuple[Vector, jax.Array]:
         basis, triangle = carry
@@ -134,7 +134,7 @@ def orthonormalise(vectors: Vector, key: jax.Array) -> tuple[Vector, jax.Array]:
 
 def check_at_most_dimension(name: str, value: int, size: int) -> None:
     """Raises if `value` directions are asked of a space with fewer."""
-    _checks.check_count(name, value, 1)
+    checks.check_count(name, value, 1)
     if value > size:
         raise ValueError(
             f"{name}={value} exceeds the dimension {size}: only {size} parameters vary."

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _batches, _checks, _random
+from flatopt._core import batches as _batches
+from flatopt._core import checks, rng
 from flatopt.measures import _basis, _lanczos, _products
 from flatopt.measures._products import GaussNewtonProduct, HessianProduct
 from flatopt.measures._variables import Mask, dimension
@@ -164,8 +165,8 @@ def spectral_density(
     steps = min(64, size) if num_steps is None else num_steps
     _basis.check_at_most_dimension("num_probes", probes, size)
     _basis.check_at_most_dimension("num_steps", steps, size)
-    _checks.check_count("grid_size", grid_size, 2)
+    checks.check_count("grid_size", grid_size, 2)
     if width is not None and not width > 0:
         raise ValueError(f"width={width!r} is out of range: it must be above 0.")
     algorithm = _Density(product, probes, steps, grid_size, width)
-    return _batches.run(algorithm, params, batches, _random.as_key(key))
+    return _batches.run(algorithm, params, batches, rng.as_key(key))

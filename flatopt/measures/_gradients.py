@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _batches, _checks, _random, _tree
+from flatopt._core import batches as _batches
+from flatopt._core import checks, rng, tree_math
 from flatopt.measures import _results, _variables
 from flatopt.measures._results import Estimate
 from flatopt.measures._variables import Mask, Variables
@@ -22,7 +23,7 @@ class _GradientNorm:
     def __call__(self, mean: _batches.Mean, loops: _batches.Loops, params: Any) -> jax.Array:
         del loops
         function = _variables.Gradient(self.loss_fn, self.variables)
-        return _tree.norm(mean(function, params, self.variables.take(params))[1])
+        return tree_math.norm(mean(function, params, self.variables.take(params))[1])
 
 
 def gradient_norm(
@@ -89,7 +90,7 @@ class _FisherBatch:
                 return jax.nn.log_softmax(logits)[drawn if label is None else label]
 
             gradient = jax.grad(log_likelihood)(point)
-            return _tree.vdot(gradient, gradient)
+            return tree_math.vdot(gradient, gradient)
 
         number = len(jax.tree.leaves(batch)[0])
         # One draw a place in the batch; the content tells batches apart.
@@ -169,13 +170,13 @@ def fisher_trace(
     Notes:
       Cost: a gradient for each example and draw; memory: a gradient for each example of one batch.
     """
-    _checks.check_count("num_samples", num_samples, 1)
+    checks.check_count("num_samples", num_samples, 1)
     variables = _variables.prepare(model_fn, params, batches, mask, model=True)
     if batches is None:
         raise ValueError("fisher_trace needs batches: it takes a gradient for each example.")
     function = _FisherBatch(model_fn, variables, labels)
     algorithm = _FisherTrace(function, 1 if labels is not None else num_samples)
-    result = _results.estimate(_batches.run(algorithm, params, batches, _random.as_key(key)))
+    result = _results.estimate(_batches.run(algorithm, params, batches, rng.as_key(key)))
     if labels is None:
         return result
     return Estimate(result.value, jnp.zeros_like(result.value))

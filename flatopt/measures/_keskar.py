@@ -11,7 +11,8 @@ import optax
 import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
-from flatopt import _batches, _checks, _random, _tree
+from flatopt._core import batches as _batches
+from flatopt._core import checks, rng, tree_math
 from flatopt.measures import _basis, _variables
 from flatopt.measures._variables import Mask, Variables, Vector
 
@@ -52,7 +53,7 @@ class _ProjectedAscent:
             scaled = jax.tree.map(jnp.multiply, half, grads)
             largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g)) for g in scaled]))
             moved = jax.tree.map(
-                lambda w, h, g: w + h * (g / (largest + _tree.EPSILON)).astype(w.dtype),
+                lambda w, h, g: w + h * (g / (largest + tree_math.EPSILON)).astype(w.dtype),
                 place,
                 half,
                 scaled,
@@ -125,12 +126,12 @@ def keskar_sharpness(
       Cost: `num_steps` + 2 gradients over the data, for "l-bfgs-b" up to a few times that in its
       line searches. This is the full-space variant (the authors' A is the identity).
     """
-    _checks.check_number("epsilon", epsilon, low=0.0)
-    _checks.check_count("num_steps", num_steps, 1)
+    checks.check_number("epsilon", epsilon, low=0.0)
+    checks.check_count("num_steps", num_steps, 1)
     if method not in METHODS:
         raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}.")
     variables = _variables.prepare(loss_fn, params, batches, mask)
-    random_key = _random.as_key(key)
+    random_key = rng.as_key(key)
     if method == "projected":
         ascent = _ProjectedAscent(loss_fn, variables, num_steps)
         return _batches.run(ascent, params, batches, jnp.asarray(epsilon), random_key)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _batches, _checks, _random, _tree
+from flatopt._core import batches as _batches
+from flatopt._core import checks, rng, tree_math
 from flatopt.measures import _basis, _products
 from flatopt.measures._basis import TINY
 from flatopt.measures._products import GaussNewtonProduct, HessianProduct
@@ -64,7 +65,7 @@ class Ritz(NamedTuple):
 def begin(start: Vector, num_steps: int) -> Process:
     """A process that starts from the unit vector `start`."""
     basis = _basis.set_row(_basis.zeros(start, num_steps), 0, start)
-    zeros = jnp.zeros(num_steps, _tree.scalar_dtype(start))
+    zeros = jnp.zeros(num_steps, tree_math.scalar_dtype(start))
     return Process(basis, zeros, zeros, jnp.zeros([], jnp.int32))
 
 
@@ -243,10 +244,10 @@ def top_eigenvalues(
     product = _products.prepare(loss_fn, params, batches, mask, output_loss)
     size = dimension(product.variables.take(params))
     _basis.check_at_most_dimension("k", k, size)
-    _checks.check_count("num_steps", num_steps, k)
-    _checks.check_number("tolerance", tolerance, low=0.0)
+    checks.check_count("num_steps", num_steps, k)
+    checks.check_number("tolerance", tolerance, low=0.0)
     if which not in WHICH:
         raise ValueError(f"which={which!r} must be one of {', '.join(WHICH)}.")
     steps = min(size, 4 * k + 40 if num_steps is None else num_steps)
     algorithm = _TopEigenvalues(product, k, steps, float(tolerance), which, size)
-    return _batches.run(algorithm, params, batches, _random.as_key(key))
+    return _batches.run(algorithm, params, batches, rng.as_key(key))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flatopt import _batches, _checks, _random
+from flatopt._core import batches as _batches
+from flatopt._core import checks, rng
 from flatopt.measures import _basis, _results, _variables
 from flatopt.measures._results import Estimate
 from flatopt.measures._variables import Mask, Variables
@@ -137,11 +138,11 @@ def local_energy(
     sizes = jnp.asarray(sigmas, jnp.result_type(float))
     if sizes.ndim != 1 or not sizes.size:
         raise ValueError(f"sigmas={sigmas!r} must be a sequence of numbers.")
-    _checks.check_number("sigmas", sizes, low=0.0)
-    _checks.check_count("num_samples", num_samples, 1)
+    checks.check_number("sigmas", sizes, low=0.0)
+    checks.check_count("num_samples", num_samples, 1)
     variables = _variables.prepare(error_fn, params, batches, mask)
     algorithm = _Rises(error_fn, variables, num_samples, True)
-    rises, error = _batches.run(algorithm, params, batches, sizes, _random.as_key(key))
+    rises, error = _batches.run(algorithm, params, batches, sizes, rng.as_key(key))
     return LocalEnergy(sizes, *_results.estimate(rises), error)
 
 
@@ -236,13 +237,13 @@ def pac_bayes_sigma(
         raise ValueError(f"limits={limits!r} must be two numbers with 0 < first < second.")
     if not isinstance(target, jax.core.Tracer) and not np.asarray(target) > 0:
         raise ValueError(f"target={target!r} is out of range: it must be above 0.")
-    _checks.check_count("num_samples", num_samples, 1)
-    _checks.check_count("num_halvings", num_halvings, 1)
+    checks.check_count("num_samples", num_samples, 1)
+    checks.check_count("num_halvings", num_halvings, 1)
     variables = _variables.prepare(loss_fn, params, batches, mask)
     rises = _Rises(loss_fn, variables, num_samples, multiplicative)
     inputs = (jnp.asarray(target), jnp.asarray(array, jnp.result_type(float)))
     algorithm = _LargestSigma(rises, num_halvings)
-    return _batches.run(algorithm, params, batches, *inputs, _random.as_key(key))
+    return _batches.run(algorithm, params, batches, *inputs, rng.as_key(key))
 
 
 class LocalEntropy(NamedTuple):
@@ -313,11 +314,11 @@ def local_entropy_estimate(
     for name, value in (("gamma", gamma), ("beta", beta)):
         if not isinstance(value, jax.core.Tracer) and not 0 < float(np.asarray(value)) < math.inf:
             raise ValueError(f"{name}={value!r} is out of range: it must be above 0 and finite.")
-    _checks.check_count("num_samples", num_samples, 1)
+    checks.check_count("num_samples", num_samples, 1)
     variables = _variables.prepare(loss_fn, params, batches, mask)
     algorithm = _Rises(loss_fn, variables, num_samples, False)
     sigma = jnp.asarray(1 / jnp.sqrt(gamma), jnp.result_type(float))[None]
-    rises, loss = _batches.run(algorithm, params, batches, sigma, _random.as_key(key))
+    rises, loss = _batches.run(algorithm, params, batches, sigma, rng.as_key(key))
     strength = jnp.asarray(beta)
     exponents = -strength * rises[:, 0]
     largest = jnp.max(exponents)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _batches
+from flatopt._core import batches as _batches
 from flatopt.measures import _variables
 from flatopt.measures._variables import Mask, Variables, Vector
 

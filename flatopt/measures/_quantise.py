@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _batches, _checks
+from flatopt._core import batches as _batches
+from flatopt._core import checks
 from flatopt.measures import _variables
 from flatopt.measures._variables import Mask, Variables
 
@@ -69,7 +70,7 @@ def _kernels(params: Any) -> Any:
 
 
 def _check_bits(bits: int) -> None:
-    _checks.check_count("bits", bits, 2)
+    checks.check_count("bits", bits, 2)
     if bits > MOST_BITS:
         raise ValueError(f"bits={bits} is out of range: it must be in [2, {MOST_BITS}].")
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _batches, _checks, _random, _tree
+from flatopt._core import batches as _batches
+from flatopt._core import checks, rng, tree_math
 from flatopt.measures import _basis, _results, _variables
 from flatopt.measures._results import Estimate
 from flatopt.measures._variables import Mask, Variables, Vector
@@ -65,7 +66,7 @@ class _Ascent:
             loss, grads = mean(function, params, moved)
             return loss, jax.tree.map(jnp.multiply, unit, grads)
 
-        loss, grads = value_and_grad(_tree.scale(0.0, point))
+        loss, grads = value_and_grad(tree_math.scale(0.0, point))
         if self.random_start:
             grads = _basis.random_normal(key, point)
         start = (grads, jnp.full_like(loss, -jnp.inf))
@@ -82,7 +83,7 @@ class _Ascent:
     def _to_surface(self, grads: Vector, rho: jax.Array) -> Vector:
         if self.norm == "linf":
             return jax.tree.map(lambda g: (rho * jnp.sign(g)).astype(g.dtype), grads)
-        return _tree.scale(rho / (_tree.norm(grads) + _tree.EPSILON), grads)
+        return tree_math.scale(rho / (tree_math.norm(grads) + tree_math.EPSILON), grads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,11 +197,11 @@ def sam_sharpness(
       Cost: `num_steps` + 1 gradients over the data. At a minimum, for small rho and many steps, the
       result is half rho squared times the largest eigenvalue of the Hessian.
     """
-    _checks.check_number("rho", rho, low=0.0)
-    _checks.check_count("num_steps", num_steps, 1)
+    checks.check_number("rho", rho, low=0.0)
+    checks.check_count("num_steps", num_steps, 1)
     variables = _variables.prepare(loss_fn, params, batches, mask)
     ascent = _Ascent(loss_fn, variables, num_steps, "l2", False, key is not None, per_batch)
-    random_key = _random.as_key(0 if key is None else key)
+    random_key = rng.as_key(0 if key is None else key)
     return _batches.run(ascent, params, batches, jnp.asarray(rho), jnp.zeros([]), random_key)
 
 
@@ -275,12 +276,12 @@ def adaptive_sharpness(
         raise ValueError(f"norm={norm!r} must be one of {', '.join(NORMS)}.")
     if case not in CASES:
         raise ValueError(f"case={case!r} must be one of {', '.join(CASES)}.")
-    _checks.check_number("rho", rho, low=0.0)
-    _checks.check_number("eta", eta, low=0.0)
-    _checks.check_count("num_steps", num_steps, 1)
-    _checks.check_count("num_samples", num_samples, 1)
+    checks.check_number("rho", rho, low=0.0)
+    checks.check_number("eta", eta, low=0.0)
+    checks.check_count("num_steps", num_steps, 1)
+    checks.check_count("num_samples", num_samples, 1)
     variables = _variables.prepare(loss_fn, params, batches, mask)
-    random_key = _random.as_key(0 if key is None else key)
+    random_key = rng.as_key(0 if key is None else key)
     inputs = (jnp.asarray(rho), jnp.asarray(eta), random_key)
     if case == "average":
         average = _Average(loss_fn, variables, num_samples, norm)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _batches, _tree
+from flatopt._core import batches as _batches
+from flatopt._core import tree_math
 from flatopt.measures import _variables
 
 FEWEST = 4  # The unbiased estimate divides by n - 3.
@@ -29,7 +30,7 @@ class _Dependences:
 def _kernel(features: jax.Array) -> jax.Array:
     """Scalar products of the examples, without those of an example with itself."""
     flat = features.reshape((features.shape[0], -1))
-    flat = flat.astype(_tree.accumulator_dtype(jnp.promote_types(flat.dtype, jnp.float32)))
+    flat = flat.astype(tree_math.accumulator_dtype(jnp.promote_types(flat.dtype, jnp.float32)))
     # The estimate does not change when all features are moved; small numbers lose fewer digits.
     flat = flat - jnp.mean(flat, axis=0, keepdims=True)
     gram = jnp.matmul(flat, flat.T, precision=jax.lax.Precision.HIGHEST)

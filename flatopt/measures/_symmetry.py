@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import scipy.optimize
 
-from flatopt import _checks
+from flatopt._core import checks
 from flatopt.measures import _variables
 
 Slot = tuple[str, int]  # Path of a leaf, such as "params/Dense_0/kernel", and one of its axes.
@@ -189,7 +189,7 @@ def align_units(
       Exact for one set of units; for several a local optimum. Looks at weights alone: no data, no
       gradients. For a ReLU network call `rescale_units` on both first if their scales differ.
     """
-    _checks.check_count("max_sweeps", max_sweeps, 1)
+    checks.check_count("max_sweeps", max_sweeps, 1)
     _variables.check_alike("other_params", other_params, params)
     first, second = by_path(params), by_path(other_params)
     for group in units:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _batches, _checks, _random, _tree
+from flatopt._core import batches as _batches
+from flatopt._core import checks, rng, tree_math
 from flatopt.measures import _basis, _products, _results
 from flatopt.measures._products import GaussNewtonProduct, HessianProduct
 from flatopt.measures._variables import Mask, Vector, dimension
@@ -52,7 +53,7 @@ class _Trace:
             # One probe after another: no more than one is in memory.
             def one(probe_key: jax.Array) -> jax.Array:
                 probe = _signs(probe_key, point)
-                return _tree.vdot(probe, mean(self.product, params, point, probe))
+                return tree_math.vdot(probe, mean(self.product, params, point, probe))
 
             return loops.map(one, jax.random.split(keys[0], self.num_draws))
         if self.method == "hutch++":
@@ -72,7 +73,7 @@ class _Trace:
         size = dimension(point)
         probes = self._draw(_basis.random_normal, keys[0], point)
         # On the sphere of radius sqrt(n): then the length of what is left can be divided out.
-        probes = jax.vmap(lambda v: _tree.scale(size**0.5 / _tree.norm(v), v))(probes)
+        probes = jax.vmap(lambda v: tree_math.scale(size**0.5 / tree_math.norm(v), v))(probes)
         basis, triangle = _basis.orthonormalise(multiply(probes), keys[1])
         products = multiply(basis)
         inner = _basis.gram(basis, products)  # Q^T H Q
@@ -119,7 +120,7 @@ def _outside(basis: Vector, vector: Vector) -> Vector:
 
 def _row_products(rows: Vector, others: Vector) -> jax.Array:
     """Scalar products, row by row."""
-    return jax.lax.map(lambda pair: _tree.vdot(*pair), (rows, others))
+    return jax.lax.map(lambda pair: tree_math.vdot(*pair), (rows, others))
 
 
 def trace(
@@ -184,7 +185,7 @@ def trace(
     if method not in _METHODS:
         raise ValueError(f"method={method!r} must be one of {', '.join(_METHODS)}.")
     each = _METHODS[method]
-    _checks.check_count("num_products", num_products, each)
+    checks.check_count("num_products", num_products, each)
     product = _products.prepare(loss_fn, params, batches, mask, output_loss)
     draws = num_products // each
     size = dimension(product.variables.take(params))
@@ -193,5 +194,5 @@ def trace(
             f"num_products={num_products} is out of range for {method}: {each * size} products "
             f"are exact for {size} parameters."
         )
-    samples = _batches.run(_Trace(product, method, draws), params, batches, _random.as_key(key))
+    samples = _batches.run(_Trace(product, method, draws), params, batches, rng.as_key(key))
     return Trace(*_results.estimate(samples), samples, draws * each)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt import _batches, _tree
+from flatopt._core import batches as _batches
+from flatopt._core import tree_math
 
 Vector = tuple[jax.Array, ...]  # The varied leaves alone, in float32 at least.
 Mask = Any
@@ -29,7 +30,7 @@ class Variables:
         """The varied leaves of `tree`, in float32 at least."""
         leaves = jax.tree.leaves(tree)
         return tuple(
-            jnp.asarray(x).astype(_tree.accumulator_dtype(x.dtype))
+            jnp.asarray(x).astype(tree_math.accumulator_dtype(x.dtype))
             for x, flag in zip(leaves, self.flags, strict=True)
             if flag
         )

@@ -1,0 +1,55 @@
+"""BatchNorm statistics for averaged weights, whatever the framework."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from flatopt._core import means
+
+
+def average_batch_stats(
+    stats: Iterable[Any], sizes: Iterable[jax.typing.ArrayLike] | None = None
+) -> Any:
+    r"""The exact mean of statistics measured batch by batch.
+
+    .. math:: \bar s = \sum_b n_b \, s_b \Big/ \sum_b n_b
+
+    Args:
+      stats: one tree a batch: the means and variances that its BatchNorm layers saw.
+      sizes: number of examples in each batch. None: every batch has the same weight.
+
+    Returns:
+      Tree like one of `stats`, summed in float32 at least. Integer leaves are those of the last.
+
+    Raises:
+      ValueError: if there is no batch, or `sizes` has another length than `stats`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import flatopt
+      >>> print(flatopt.average_batch_stats([jnp.array(1.0), jnp.array(4.0)], sizes=[2, 1]))
+      2.0
+
+    References:
+      Izmailov, Podoprikhin, Garipov, Vetrov, Wilson. Averaging Weights Leads to Wider Optima and
+      Better Generalization. arXiv:1803.05407
+
+    Notes:
+      With `sizes` as the SWA authors do it; without, as PyTorch's `update_bn` does: a short last
+      batch then weighs too much. A variance comes out as the mean of the batches' variances,
+      without the spread of their means, as in both. For Flax models, `flatopt.linen` and
+      `flatopt.nnx` have `recompute_batch_stats`.
+    """
+    stats = list(stats)
+    weights = [1] * len(stats) if sizes is None else list(sizes)
+    if not stats or len(weights) != len(stats):
+        raise ValueError(
+            f"stats has {len(stats)} batches and sizes {len(weights)}: there must be at least one "
+            "batch, and a size for each."
+        )
+    mean, total = means.copy(stats[0]), weights[0]
+    for batch, weight in zip(stats[1:], weights[1:], strict=True):
+        total = total + weight
+        mean = means.towards(mean, batch, weight / total)
+    return jax.tree.map(lambda m, x: m.astype(x.dtype), mean, stats[0])

@@ -1,0 +1,165 @@
+"""The gradient contract: `grad_fn(params, i)` gives the gradient anywhere the optimiser asks."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flatopt._core import checks, tree_math
+
+
+class GradientFunction(Protocol):
+    """What `grad_fn` must be: a callable from parameters to gradients.
+
+    The second argument numbers the extra evaluations inside one `update`, from 0. Use it to pick a
+    minibatch or to fold it into a random key; ignore it to evaluate everything on one batch. The
+    result is the gradient alone, already averaged over devices as the training loop wants it.
+    """
+
+    def __call__(self, params: optax.Params, i: jax.typing.ArrayLike, /) -> optax.Updates:
+        """Returns the gradient at `params` for extra evaluation number `i`."""
+        ...
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["args", "kwargs"],
+    meta_fields=["loss_fn", "has_aux", "microbatches"],
+)
+@dataclasses.dataclass(frozen=True)
+class GradFn:
+    """The gradient of a loss on given data; a pytree, so that it crosses `jax.jit`.
+
+    Made by `make_grad_fn`. Two instances with the same `loss_fn` and flags differ in their arrays
+    only and share one compiled program.
+
+    Attributes:
+      loss_fn: the loss, `loss_fn(params, *args, **kwargs)`. Static.
+      args: positional arguments of the loss: the batch. Traced.
+      kwargs: keyword arguments of the loss. Traced.
+      has_aux: whether the loss returns `(loss, aux)`. Static.
+      microbatches: number of equal parts to split `args` into, or None. Static.
+    """
+
+    loss_fn: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    has_aux: bool = False
+    microbatches: int | None = None
+
+    def __call__(self, params: optax.Params, i: jax.typing.ArrayLike = 0) -> optax.Updates:
+        """Returns the gradient at `params`; auxiliary output is dropped, `i` is ignored."""
+        del i
+        return self.value_and_grad(params)[1]
+
+    def value_and_grad(self, params: optax.Params) -> tuple[Any, optax.Updates]:
+        """Returns `(loss, grads)`, or `((loss, aux), grads)` with `has_aux`, at `params`.
+
+        The clean pass of the training loop. With `microbatches`, losses and gradients are averaged
+        (gradients in float32 at least); of `aux`, floating-point leaves are averaged and others are
+        the last microbatch's.
+        """
+        function = jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)
+        if self.microbatches is None:
+            return function(params, *self.args, **self.kwargs)
+        mean = _mean_accumulator(self.microbatches)
+        value_and_grad = optax.microbatching.microbatch(
+            function,
+            argnums=tuple(range(1, 1 + len(self.args))),
+            microbatch_size=_microbatch_size(self.args, self.microbatches),
+            accumulator=(mean, mean),
+        )
+        value, grads = value_and_grad(params, *self.args, **self.kwargs)
+        return value, optax.tree.cast_like(grads, params)
+
+
+def make_grad_fn(
+    loss_fn: Callable[..., Any],
+    *args: Any,
+    has_aux: bool = False,
+    microbatches: int | None = None,
+    **kwargs: Any,
+) -> GradFn:
+    r"""Makes the `grad_fn` of one training step from its loss and its data.
+
+    .. math:: \texttt{grad\_fn}(w, i) = \nabla_w \texttt{loss\_fn}(w, *args, **kwargs)
+
+    Args:
+      loss_fn: scalar loss, called as `loss_fn(params, *args, **kwargs)`. It is part of the compiled
+        program: pass the same function object at every step, not a fresh lambda.
+      *args: the batch: pytrees of arrays, with a common leading axis if `microbatches` is given.
+      has_aux: whether `loss_fn` returns `(loss, aux)`. `grad_fn` drops `aux`: statistics such as
+        BatchNorm's come from the clean pass (`grad_fn.value_and_grad`). Static.
+      microbatches: number of equal parts into which the leading axis of every array in `args` is
+        split; the gradients are averaged in a `lax.scan`, so that memory is that of one part. For a
+        loss that is a mean over the batch this is the gradient of the whole batch. Static.
+      **kwargs: keyword arguments of the loss, given whole to each microbatch: random keys, weights.
+        When the `GradFn` is passed into `jax.jit` they are traced: bind flags such as `train=True`
+        inside `loss_fn` instead.
+
+    Returns:
+      A `GradFn`, a registered pytree that can be made outside or inside `jax.jit`.
+
+    Raises:
+      ValueError: if `microbatches` is below 1 or does not divide the batch.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import flatopt
+      >>> def loss_fn(w, x):
+      ...     return jnp.mean((x * w - 1.0) ** 2)
+      >>> x = jnp.arange(4.0)
+      >>> grad_fn = flatopt.make_grad_fn(loss_fn, x, microbatches=2)
+      >>> print(grad_fn(jnp.array(1.0), 0))
+      4.0
+      >>> loss, grads = grad_fn.value_and_grad(jnp.array(1.0))
+      >>> print(loss, grads)
+      1.5 4.0
+
+    Notes:
+      For complex parameters `jax.grad` returns the conjugate of the ascent direction; pass a
+      function that conjugates, and conjugate the clean gradient too, as for every optax optimiser.
+    """
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn={loss_fn!r} must be callable as loss_fn(params, *args, **kwargs)."
+        )
+    checks.check_count("microbatches", microbatches, 1)
+    return GradFn(loss_fn, args, kwargs, has_aux, microbatches)
+
+
+def _microbatch_size(args: tuple[Any, ...], microbatches: int) -> int:
+    """Number of examples in one microbatch."""
+    sizes = {x.shape[0] if jnp.ndim(x) else None for x in jax.tree.leaves(args)}
+    size = sizes.pop() if len(sizes) == 1 else None
+    if size is None:
+        raise ValueError(
+            f"microbatches={microbatches} splits the leading axis of every positional argument, "
+            "so all need one of equal length. Pass what has no batch axis by name."
+        )
+    if size % microbatches:
+        raise ValueError(f"microbatches={microbatches} must divide the batch size {size}.")
+    return size // microbatches
+
+
+def _mean_accumulator(microbatches: int) -> optax.microbatching.Accumulator:
+    """Mean of floating-point leaves in float32 at least; the last value of the others."""
+
+    def map_floats(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+        def leaf(x: Any, *others: Any) -> Any:
+            return function(x, *others) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+        return jax.tree.map(leaf, tree, *rest)
+
+    return optax.microbatching.Accumulator(
+        init=lambda like: jax.tree.map(
+            lambda x: jnp.zeros(x.shape, tree_math.accumulator_dtype(x.dtype)), like
+        ),
+        update=lambda total, value, _: map_floats(lambda v, t: t + v, value, total),
+        finalize=lambda total: map_floats(lambda t: t / microbatches, total),
+        aggregate=lambda values: values,
+    )

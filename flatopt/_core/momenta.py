@@ -1,0 +1,105 @@
+"""The momenta inside any optimiser's state, known by the names of their fields."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from flatopt._core import means, tree_math
+
+# The first moment of a step: what Momentum-SAM displaces along.
+FIRST = ("trace", "mu")
+# All memory of gradients that optax's states keep in trees like the parameters. An average of the
+# weights, or a gradient that a stage keeps for its own ends, has other names and is none.
+NAMES = frozenset(FIRST) | {"nu", "nu_max", "sum_of_squares", "e_g", "e_x"}
+NAMES |= {"m", "v", "n", "g", "prev_updates", "v_row", "v_col"}
+
+
+def reset(state: optax.OptState, fresh: optax.OptState) -> optax.OptState:
+    """`state` with its momenta as in `fresh`, a state just made; schedules go on.
+
+    The count beside a momentum belongs to it and starts anew too: Adam's corrects the bias of its
+    momenta. Counts in other states stay, as those of learning-rate schedules, and hyperparameters.
+    """
+
+    def renew(name: str, own: Any, other: Any) -> Any:
+        return other if name == "count" or _is_momentum(name) else own
+
+    return _walk(state, fresh, renew)
+
+
+def towards(state: optax.OptState, other: optax.OptState, share: Any) -> optax.OptState:
+    """`state` with its momenta moved by `share` of the way to those of `other`."""
+
+    def move(name: str, own: Any, others: Any) -> Any:
+        return means.towards(own, others, share) if _is_momentum(name) else own
+
+    return _walk(state, other, move)
+
+
+def find_first(state: optax.OptState, like: Any, asked_by: str) -> Any:
+    """The one first moment in `state`, as a tree like `like`; masked where a leaf has none.
+
+    Raises `ValueError` in the name of the factory `asked_by` where there is none or several.
+    """
+    traces: list[Any] = []
+    searched: list[str] = []
+    _collect(state, traces, searched)
+    whole = [t for t in traces if not any(map(tree_math.is_masked, tree_math.leaves_and_masks(t)))]
+    if not traces:
+        names = ", ".join(dict.fromkeys(searched)) or "an empty state"
+        raise ValueError(
+            f"flatopt.{asked_by} found no momentum in the state of `optimizer`: it looked for "
+            f"`trace`, `mu` or `ema` in {names}. Use an optimiser with momentum, such as "
+            "optax.sgd(learning_rate, momentum=0.9) or optax.adam."
+        )
+    if len(whole) > 1 or (whole and len(traces) > 1):
+        raise ValueError(
+            f"flatopt.{asked_by} found {len(traces)} momentum buffers in the state of `optimizer` "
+            f"and cannot choose: {', '.join(dict.fromkeys(searched))}. Use an optimiser with one."
+        )
+    return tree_math.merge_masked(traces, like)
+
+
+def _is_momentum(name: str) -> bool:
+    return name in NAMES or name == "ema"
+
+
+def _holds_momentum(state: Any) -> bool:
+    """Whether a named tuple is the state of a step with momentum."""
+    names = set(getattr(state, "_fields", ()))
+    return bool(names & NAMES) or isinstance(state, optax.EmaState)
+
+
+def _walk(state: Any, other: Any, change: Callable[[str, Any, Any], Any]) -> Any:
+    """`state` with `change(name, own, others)` for each field of a state that holds a momentum."""
+    if isinstance(state, dict):
+        return type(state)({k: _walk(v, other[k], change) for k, v in state.items()})
+    if not isinstance(state, tuple | list):
+        return state
+    names = getattr(state, "_fields", None)
+    if names is None:
+        pairs = zip(state, other, strict=True)
+        return type(state)([_walk(own, others, change) for own, others in pairs])
+    holds = _holds_momentum(state)
+
+    def field(name: str, own: Any, others: Any) -> Any:
+        changed = change(name, own, others) if holds else own
+        return _walk(own, others, change) if changed is own else changed
+
+    fields = zip(names, state, other, strict=True)
+    return type(state)(*(field(*entry) for entry in fields))
+
+
+def _collect(state: Any, traces: list[Any], searched: list[str]) -> None:
+    """Appends the first moments below `state` to `traces`, and the states' names to `searched`."""
+    if isinstance(state, tuple) and hasattr(state, "_fields"):
+        searched.append(type(state).__name__)
+        for name in (*FIRST, *(["ema"] if isinstance(state, optax.EmaState) else [])):
+            if name in state._fields:
+                traces.append(getattr(state, name))
+                return
+    children = state.values() if isinstance(state, dict) else state
+    if isinstance(children, tuple | list) or isinstance(state, dict):
+        for child in children:
+            _collect(child, traces, searched)

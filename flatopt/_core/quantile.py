@@ -1,0 +1,76 @@
+"""Order statistics of large arrays without sorting: a few sweeps, wherever the entries lie.
+
+The bit patterns of floats >= 0, read as integers, are in the order of the floats. So the bits of
+the one sought are found one after another, each with one count over all entries.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flatopt._core import tree_math
+
+SORTED_SIZE = 2**12  # Up to here sorting is as fast as counting in a loop.
+
+
+def quantile(x: jax.Array, q: jax.typing.ArrayLike) -> jax.Array:
+    """The `q`-quantile of all entries of `x`, floats >= 0, linear between two neighbours.
+
+    Equals `jnp.quantile`.
+    """
+    if x.size <= SORTED_SIZE:
+        return jnp.quantile(tree_math.replicate(x), q)
+    patterns = _patterns(x)
+    position = jnp.asarray(q, x.dtype) * (x.size - 1)
+    below = jnp.floor(position).astype(jnp.int32)
+    found = _last(
+        lambda candidate: jnp.sum(patterns < candidate) <= below, patterns.dtype, _num_bits(x)
+    )
+    lower = jax.lax.bitcast_convert_type(found, x.dtype)
+    is_above = patterns > found
+    next_above = jnp.min(jnp.where(is_above, x, jnp.inf))
+    upper = jnp.where(x.size - jnp.sum(is_above) > below + 1, lower, next_above)
+    # `upper` is infinite where there is no entry above, and then `position` is whole.
+    share = position - below
+    return jnp.where(share > 0, lower + share * (upper - lower), lower)
+
+
+def largest(x: jax.Array, number: jax.typing.ArrayLike) -> jax.Array:
+    """Bools, True at exactly `number` largest entries of `x`, floats >= 0 in one dimension.
+
+    Of equal entries the first ones are taken; NaN counts as less than all others.
+    """
+    patterns = jnp.where(jnp.isnan(x), 0, _patterns(x) + 1)
+    least = _last(
+        lambda candidate: jnp.sum(patterns >= candidate) >= number, patterns.dtype, _num_bits(x)
+    )
+    above, equal = patterns > least, patterns == least
+    left = number - jnp.sum(above)
+
+    def among_first(end: jax.Array) -> jax.Array:
+        return equal & (jnp.arange(x.size, dtype=jnp.uint32) < end)
+
+    bits = x.size.bit_length()
+    end = _last(lambda candidate: jnp.sum(among_first(candidate)) <= left, jnp.uint32, bits)
+    return above | among_first(end)
+
+
+def _patterns(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{x.dtype.itemsize * 8}"))
+
+
+def _num_bits(x: jax.Array) -> int:
+    """Of the patterns of `x`: the sign bit of floats >= 0 is 0."""
+    return x.dtype.itemsize * 8 - 1
+
+
+def _last(holds: Callable[[jax.Array], jax.Array], dtype: Any, bits: int) -> jax.Array:
+    """The greatest number of `bits` bits for which `holds`; it must hold for all below, too."""
+
+    def decide(i: jax.Array, found: jax.Array) -> jax.Array:
+        candidate = found | (jnp.ones([], dtype) << (bits - 1 - i).astype(dtype))
+        return jnp.where(holds(candidate), candidate, found)
+
+    return jax.lax.fori_loop(0, bits, decide, jnp.zeros([], dtype))

@@ -1,0 +1,74 @@
+"""Random keys, kept in states as raw data that every checkpoint format can hold, and draws."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flatopt._core import tree_math
+
+KeyLike = Any  # An int seed, a typed key, or raw uint32 key data.
+
+
+def as_key(key: KeyLike) -> jax.Array:
+    """`key` as a typed key."""
+    # An array too: `optax.inject_hyperparams` makes one of every number.
+    if jnp.ndim(key) == 0 and jnp.issubdtype(jnp.result_type(key), jnp.integer):
+        return jax.random.key(key)
+    if jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
+        return key
+    if jnp.result_type(key) != jnp.uint32:
+        raise ValueError(
+            f"key={key!r} must be an int seed, a key from jax.random.key, or its uint32 key data."
+        )
+    return jax.random.wrap_key_data(key)
+
+
+def key_data(key: KeyLike) -> jax.Array:
+    """Raw uint32 data of `key`, in a buffer of its own."""
+    return jnp.array(jax.random.key_data(as_key(key)))
+
+
+def split(data: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """New key data to keep, and a typed key to use now."""
+    keep, use = jax.random.split(jax.random.wrap_key_data(data))
+    return jax.random.key_data(keep), use
+
+
+def normal_like(key: jax.Array, tree: Any) -> Any:
+    """Standard normal draws, one an entry: in float32 or complex64 whatever the precision.
+
+    So a run in float64 sees the noise that the same run in float32 sees.
+    """
+
+    def real_parts(x: jax.Array) -> jax.Array:
+        return jnp.stack([x.real, x.imag]) if jnp.iscomplexobj(x) else x
+
+    def as_drawn(x: jax.Array, z: jax.Array) -> jax.Array:
+        return jax.lax.complex(z[0], z[1]) / jnp.sqrt(2) if jnp.iscomplexobj(x) else z
+
+    normal = functools.partial(jax.random.normal, dtype=jnp.float32)
+    return jax.tree.map(as_drawn, tree, _draw_like(key, jax.tree.map(real_parts, tree), normal))
+
+
+def uniform_like(key: jax.Array, tree: Any) -> Any:
+    """Draws from [0, 1) in float32, one an entry."""
+    return _draw_like(key, tree, functools.partial(jax.random.uniform, dtype=jnp.float32))
+
+
+def _draw_like(key: jax.Array, tree: Any, sampler: Callable[..., jax.Array]) -> Any:
+    """Independent draws, one an entry of `tree`, each lying where its leaf lies."""
+    leaves, structure = jax.tree.flatten(tree)
+    groups = tree_math.groups(leaves)
+    drawn: dict[int, jax.Array] = {}
+    for own_key, group in zip(jax.random.split(key, len(groups)), groups, strict=True):
+        chosen = [leaves[i] for i in group]
+        if len(group) == 1:
+            sharding = jax.typeof(chosen[0]).sharding
+            drawn[group[0]] = sampler(own_key, chosen[0].shape, out_sharding=sharding)
+            continue
+        joined = sampler(own_key, (sum(leaf.size for leaf in chosen),))
+        drawn |= zip(group, tree_math.split(joined, chosen), strict=True)
+    return jax.tree.unflatten(structure, [drawn[i] for i in range(len(leaves))])

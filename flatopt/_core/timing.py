@@ -1,0 +1,78 @@
+"""When a method acts, and what its schedules say then."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flatopt._core import checks, tree_math
+
+LAST = jnp.iinfo(jnp.int32).max  # Where the counters of updates stop.
+
+
+def value_at(value: optax.ScalarOrSchedule, step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+    """The number `value`, or the value of the schedule `value` at `step`."""
+    return value(step) if callable(value) else value
+
+
+def nonnegative_at(
+    value: optax.ScalarOrSchedule, step: jax.typing.ArrayLike
+) -> jax.typing.ArrayLike:
+    """`value_at`; a schedule that dips below zero gives zero."""
+    return jnp.maximum(value(step), 0.0) if callable(value) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """When a method acts: with `start`, `start + every`, ... updates made.
+
+    Make one by `before_update` or `after_update`: they check the arguments and set what None means.
+
+    Attributes:
+      start: number of updates made when the method first acts.
+      every: its period from there on.
+      always: whether it acts in every update, so that nothing has to be decided.
+    """
+
+    start: int
+    every: int
+    always: bool
+
+    @classmethod
+    def before_update(cls, start: int | None, every: int | None) -> "Every":
+        """For what takes gradients elsewhere: None is 0, so that the first update is one."""
+        start, every = _checked(start, every)
+        return cls(start, every, always=start == 0 and every == 1)
+
+    @classmethod
+    def after_update(cls, start: int | None, every: int | None) -> "Every":
+        """For what looks at new weights: None and 0 are the end of the first period."""
+        start, every = _checked(start, every)
+        start = start or every
+        return cls(start, every, always=start == every == 1)
+
+    def is_due(self, step: jax.Array) -> jax.Array:
+        """Whether the method acts when `step` updates have been made."""
+        if self.start > LAST:
+            return jnp.zeros([], bool)
+        if self.every == 1:
+            return step >= self.start
+        if self.every > LAST:
+            return step == self.start
+        # A counter that has stopped tells nothing about the period.
+        return (step >= self.start) & ((step - self.start) % self.every == 0) & (step < LAST)
+
+    def run(self, step: jax.Array, function: Callable[[Any], Any], carry: Any) -> Any:
+        """`function(carry)`, which must look like `carry`, if it is due; else `carry`."""
+        if self.always:
+            return function(carry)
+        return tree_math.apply_if(self.is_due(step), function, carry)
+
+
+def _checked(start: int | None, every: int | None) -> tuple[int, int]:
+    checks.check_count("start", start, 0)
+    checks.check_count("every", every, 1)
+    return start or 0, every or 1

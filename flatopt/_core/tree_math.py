@@ -1,0 +1,160 @@
+"""Tree arithmetic that `optax.tree` lacks: norms and products that survive half precision."""
+
+import functools
+import itertools
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Small leaves are joined before they are summed over, and their noise is drawn at once: the compile
+# time of XLA grows with the square of the number of sums, and also, more slowly, with the number of
+# leaves that are joined at once.
+JOINED_SIZE = 2**14
+JOINED_NUMBER = 32
+EPSILON = 1e-12  # Guards every division by a norm; the value of the SAM reference implementations.
+
+
+def accumulator_dtype(dtype: Any) -> Any:
+    """The dtype to accumulate in: float32 at least, integers as they are."""
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype
+
+
+def scalar_dtype(tree: Any) -> Any:
+    """The real dtype of norms and scalar products of `tree`: float32 at least."""
+    dtypes = (jnp.finfo(x.dtype).dtype for x in _inexact_leaves(tree))
+    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+
+
+def vdot(tree: Any, other: Any) -> jax.Array:
+    """Real part of the inner product, summed in `scalar_dtype`.
+
+    Unlike `optax.tree.vdot` it does not overflow in float16, and products are taken elementwise:
+    a dot product would be rounded to bfloat16 or TF32 on accelerators by default.
+    """
+    dtype = scalar_dtype(tree)
+    x = jax.tree.leaves(tree)
+    y = x if other is tree else jax.tree.leaves(jax.tree.map(lambda _, leaf: leaf, tree, other))
+    total = jnp.zeros([], dtype)
+    # To be joined, they would have to lie the same way along mesh axes that are explicit.
+    spread = [
+        any(any(jax.typeof(z).sharding.spec) for z in pair) for pair in zip(x, y, strict=True)
+    ]
+    for group in groups(x, alone=[i for i, is_spread in enumerate(spread) if is_spread]):
+        left = _join(x, group)
+        right = left if y is x else _join(y, group)
+        total += jnp.sum((left.conj() * right).real, dtype=dtype)
+    return total
+
+
+def norm(tree: Any) -> jax.Array:
+    """The global Euclidean norm over all leaves, in `scalar_dtype`."""
+    return jnp.sqrt(vdot(tree, tree))
+
+
+def ratio_or_zero(numerator: Any, denominator: jax.Array) -> jax.Array:
+    """`numerator / denominator`, or zero where the denominator (never negative) is zero."""
+    positive = denominator > 0
+    return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), 0)
+
+
+def scale(scalar: Any, tree: Any) -> Any:
+    """`scalar * tree`, each leaf in its own dtype."""
+    return jax.tree.map(lambda x: (scalar * x).astype(x.dtype), tree)
+
+
+def add_scaled(tree: Any, scalar: Any, other: Any) -> Any:
+    """`tree + scalar * other`, in the dtypes of `tree`."""
+    return jax.tree.map(lambda x, y: (x + scalar * y).astype(x.dtype), tree, other)
+
+
+def orthogonal(tree: Any, to: Any) -> Any:
+    """The part of `tree` that is orthogonal to the tree `to`; all of it where `to` is zero."""
+    inverse_norm = 1 / (norm(to) + EPSILON)
+    # The unit vector first: the square of a small norm would fall below the guard.
+    coefficient = vdot(scale(inverse_norm, to), tree) * inverse_norm
+    return add_scaled(tree, -coefficient, to)
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """`x` on every device where the mesh has explicit axes: to be sorted, or joined with others."""
+    if jax.typeof(x).sharding.mesh.are_all_axes_explicit:
+        return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
+    return x
+
+
+def apply_if(predicate: jax.Array, function: Callable[[Any], Any], carry: Any) -> Any:
+    """`function(carry)`, which must look like `carry`, where `predicate` holds; else `carry`.
+
+    A loop of one turn or none: XLA lets `carry` stay where it is, while `jax.lax.cond` copies what
+    its branches hand through. The price: under `jax.jit` it has no reverse-mode derivative.
+    """
+    return jax.lax.fori_loop(0, predicate.astype(jnp.int32), lambda _, c: function(c), carry)
+
+
+def groups(leaves: list[jax.Array], alone: Collection[int] = ()) -> list[list[int]]:
+    """Numbers of the leaves to be taken together: small ones, except those that stay `alone`."""
+    small = [i for i, x in enumerate(leaves) if x.size <= JOINED_SIZE and i not in alone]
+    together = [small[i : i + JOINED_NUMBER] for i in range(0, len(small), JOINED_NUMBER)]
+    return together + [[i] for i in sorted(set(range(len(leaves))) - set(small))]
+
+
+def split(joined: jax.Array, leaves: list[jax.Array]) -> list[jax.Array]:
+    """Cuts one dimension into arrays of the shapes of `leaves`, each lying where its leaf lies."""
+    ends = list(itertools.accumulate(x.size for x in leaves))
+    parts = jnp.split(joined, ends[:-1])
+    # A sum lies where its terms do, and the zeros lie where the leaf does.
+    return [
+        jnp.zeros_like(x, joined.dtype) + part.reshape(x.shape)
+        for x, part in zip(leaves, parts, strict=True)
+    ]
+
+
+def merge_masked(trees: Iterable[Any], like: Any) -> Any:
+    """One tree of the structure of `like`: each leaf from the tree that has it.
+
+    Trees made under `optax.masked` or `optax.partition` hold `optax.MaskedNode` in place of leaves
+    or whole subtrees. A leaf of `like` that no tree has comes back as `optax.MaskedNode`.
+    """
+
+    def spread_mask(node: Any, subtree: Any) -> Any:
+        return jax.tree.map(lambda _: node, subtree) if is_masked(node) else node
+
+    def pick(_: Any, *candidates: Any) -> Any:
+        return next((c for c in candidates if not is_masked(c)), optax.MaskedNode())
+
+    spread = [jax.tree.map(spread_mask, tree, like, is_leaf=is_masked) for tree in trees]
+    return jax.tree.map(pick, like, *spread)
+
+
+def leaves_and_masks(tree: Any) -> list[Any]:
+    """The leaves, and the marks of those that `optax.masked` cut out."""
+    return jax.tree.leaves(tree, is_leaf=is_masked)
+
+
+def is_masked(leaf: Any) -> bool:
+    """Whether `leaf` stands for one that `optax.masked` cut out."""
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def _inexact_leaves(tree: Any) -> list[jax.Array]:
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+
+
+def _join(leaves: list[jax.Array], group: list[int]) -> jax.Array:
+    """The chosen leaves as one array, to be summed over."""
+    chosen = [leaves[i].astype(accumulator_dtype(leaves[i].dtype)) for i in group]
+    return chosen[0] if len(chosen) == 1 else jnp.concatenate([x.ravel() for x in chosen])
+
+
+def move(params: optax.Params, scale: jax.typing.ArrayLike, direction: Any) -> optax.Params:
+    """`params + scale * direction`, in the dtypes of `params`; masked leaves stay."""
+
+    def leaf(param: jax.Array, towards: Any) -> jax.Array:
+        if is_masked(towards):
+            return param
+        return (param + scale * towards).astype(param.dtype)
+
+    return jax.tree.map(leaf, params, direction)

@@ -1,0 +1,171 @@
+"""What the methods cost, in XLA's own numbers: these do not wobble."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flatopt
+
+WIDTHS = (784, 512, 512, 10)  # 0.67 M parameters: 1.3 MFLOP per example in the forward pass.
+BATCH = 64
+MOMENTUM = 0.9
+
+
+def _params() -> list[dict[str, jax.Array]]:
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "kernel": jnp.asarray(rng.normal(size=(m, n)) / np.sqrt(m), jnp.float32),
+            "bias": jnp.zeros([n]),
+        }
+        for m, n in itertools.pairwise(WIDTHS)
+    ]
+
+
+def _loss(params: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
+    for layer in params[:-1]:
+        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"][None])
+    logits = x @ params[-1]["kernel"] + params[-1]["bias"][None]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def _compiled(tx: optax.GradientTransformationExtraArgs) -> Any:
+    def step(params: Any, opt_state: Any, x: jax.Array, labels: jax.Array) -> Any:
+        grad_fn = flatopt.make_grad_fn(_loss, x, labels)
+        _, grads = grad_fn.value_and_grad(params)
+        updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
+        return optax.apply_updates(params, updates), opt_state
+
+    params = _params()
+    x, labels = jnp.ones([BATCH, WIDTHS[0]]), jnp.zeros([BATCH], jnp.int32)
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    return jitted.lower(params, tx.init(params), x, labels).compile()
+
+
+def _base() -> optax.GradientTransformationExtraArgs:
+    return optax.sgd(0.1, momentum=MOMENTUM)
+
+
+def _flops(tx: optax.GradientTransformationExtraArgs) -> float:
+    return _compiled(tx).cost_analysis()["flops"]
+
+
+def _temporary_bytes(tx: optax.GradientTransformationExtraArgs) -> int:
+    return _compiled(tx).memory_analysis().temp_size_in_bytes
+
+
+def test_the_model_is_large_enough():
+    """At least 1 MFLOP per example forward, three times that with the backward pass."""
+    assert _flops(_base()) >= 3e6 * BATCH
+
+
+@pytest.mark.parametrize(
+    ("tx", "limit"),
+    [
+        (optax.chain(flatopt.sam(0.05), _base()), 2.02),
+        (optax.chain(flatopt.asam(0.5), _base()), 2.02),
+        (flatopt.wasam(_base(), 0.05), 2.03),
+        (flatopt.msam(_base(), 0.3), 1.02),
+        (optax.chain(_base(), flatopt.swa()), 1.01),
+        (optax.chain(_base(), flatopt.params_ema(0.99)), 1.01),
+    ],
+    ids=["sam", "asam", "wasam", "msam", "swa", "params_ema"],
+)
+def test_flops_over_sgd(tx: optax.GradientTransformationExtraArgs, limit: float):
+    assert _flops(tx) <= limit * _flops(_base())
+
+
+def test_sam_computes_no_more_than_what_optax_offers():
+    """Beside `optax.contrib.sam` in its opaque form, which takes the same two gradients."""
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+    other = optax.contrib.sam(_base(), ascent, sync_period=2, opaque_mode=True)
+    theirs = _compiled(other).cost_analysis()
+    ours = _compiled(optax.chain(flatopt.sam(0.05), _base())).cost_analysis()
+    assert ours["flops"] <= theirs["flops"]
+    assert ours["bytes accessed"] <= 1.001 * theirs["bytes accessed"]
+
+
+@pytest.mark.parametrize(
+    ("tx", "copies"),
+    [
+        (optax.chain(flatopt.sam(0.05), _base()), 1.05),
+        (optax.chain(flatopt.looksam(0.05, every=5, alpha=0.7), _base()), 1.1),
+        (flatopt.alternate(_base(), flatopt.scale_to_norm(0.05)), 0.05),
+        (flatopt.lookahead(_base(), every=5), 0.05),
+        (flatopt.periodic_swa(_base(), period=5), 0.05),
+        (optax.chain(_base(), flatopt.swa()), 0.05),
+    ],
+    ids=["sam", "looksam", "alternate", "lookahead", "periodic_swa", "swa"],
+)
+def test_temporary_copies_of_the_parameters(
+    tx: optax.GradientTransformationExtraArgs, copies: float
+):
+    copy = optax.tree.size(_params()) * 4
+    extra = _temporary_bytes(tx) - _temporary_bytes(_base())
+    assert extra <= copies * copy, extra / copy
+
+
+def test_the_one_graph_form_needs_half_a_copy_more_than_two_graphs():
+    """The sharp point and the last gradient share one place."""
+
+    def one_graph(params: Any, opt_state: Any, x: jax.Array, labels: jax.Array) -> Any:
+        _, grads = value_and_grad(params, x, labels)
+        updates, opt_state = _base().update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    value_and_grad = flatopt.sam_value_and_grad(_loss, flatopt.scale_to_norm(0.05))
+    params = _params()
+    x, labels = jnp.ones([BATCH, WIDTHS[0]]), jnp.zeros([BATCH], jnp.int32)
+    jitted = jax.jit(one_graph, donate_argnums=(0, 1))
+    compiled = jitted.lower(params, _base().init(params), x, labels).compile()
+    two_graphs = _temporary_bytes(optax.chain(flatopt.sam(0.05), _base()))
+    copy = optax.tree.size(params) * 4
+    assert compiled.memory_analysis().temp_size_in_bytes <= two_graphs + 0.6 * copy
+
+
+def test_lookahead_reads_and_writes_little_more_than_sgd():
+    """The slow weights: read for the parameters, read and written for themselves, with a sum."""
+    copy = 4 * optax.tree.size(_params())
+    lookahead = _compiled(flatopt.lookahead(_base(), every=5)).cost_analysis()["bytes accessed"]
+    assert lookahead <= _compiled(_base()).cost_analysis()["bytes accessed"] + 4.1 * copy
+
+
+def test_msam_with_known_momentum_reads_and_writes_little_more_than_sgd():
+    """One pass more, for the norm; as without it, two more, for a copy of the old momentum."""
+
+    def accessed(tx: optax.GradientTransformationExtraArgs) -> float:
+        return _compiled(tx).cost_analysis()["bytes accessed"] / (4 * optax.tree.size(_params()))
+
+    base = accessed(_base())
+    assert accessed(flatopt.msam_sgd(0.1, 0.3, momentum=MOMENTUM)) <= base + 1.5
+    assert accessed(flatopt.msam(_base(), 0.3)) <= base + 4.5
+
+
+def test_msam_state_is_the_inner_state_and_two_scalars():
+    params = _params()
+    state = flatopt.msam(_base(), 0.3).init(params)
+    inner = jax.tree.leaves(_base().init(params))
+    extra = [x for x in jax.tree.leaves(state) if x.ndim == 0]
+    assert len(jax.tree.leaves(state)) == len(inner) + 2
+    assert len(extra) == 2
+
+
+@pytest.mark.parametrize("every", [2, 10])
+def test_a_skipped_ascent_is_a_real_branch(every: int):
+    """The second pass stands inside a loop of one turn or none, not in the straight line."""
+    text = _compiled(optax.chain(flatopt.sam(0.05, every=every), _base())).as_text()
+    assert " while(" in text[text.index("ENTRY") :]
+    assert _straight_products(text) == _straight_products(_compiled(_base()).as_text())
+
+
+def _straight_products(hlo: str) -> int:
+    """Number of matrix products outside loops."""
+    entry = hlo[hlo.index("ENTRY") :]
+    products = entry.count(" dot(") + entry.count("matmul")
+    assert products > 0
+    return products

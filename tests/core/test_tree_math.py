@@ -1,0 +1,81 @@
+"""Norms over trees of many leaves: joined where they are small, and right wherever they lie."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import flatopt
+from flatopt._core import tree_math
+
+SHAPES = [(), (0,), (1,), (3, 5), (130, 130), (7,), (129, 127)]  # One leaf is above JOINED_SIZE.
+
+
+def _leaves(number: int, seed: int, dtypes: tuple[Any, ...]) -> list[jax.Array]:
+    rng = np.random.default_rng(seed)
+    return [
+        jnp.asarray(rng.normal(size=SHAPES[i % len(SHAPES)]), dtypes[i % len(dtypes)])
+        for i in range(number)
+    ]
+
+
+def _exact(x: list[jax.Array], y: list[jax.Array]) -> float:
+    """The inner product in numpy and double precision."""
+    wide = [[np.asarray(leaf, np.complex128).ravel() for leaf in tree] for tree in (x, y)]
+    return float(np.vdot(*(np.concatenate(leaves) for leaves in wide)).real)
+
+
+@pytest.mark.parametrize("number", [1, 7, 33, 200])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(jnp.float32,), (jnp.bfloat16, jnp.float32), (jnp.float16,), (jnp.complex64, jnp.float32)],
+    ids=["float32", "mixed", "float16", "complex"],
+)
+def test_products_equal_those_of_numpy(number: int, dtypes: tuple[Any, ...]):
+    assert any(np.prod(shape) > tree_math.JOINED_SIZE for shape in SHAPES)
+    x, y = (_leaves(number, seed, dtypes) for seed in (0, 1))
+    product, norm = jax.jit(lambda x, y: (tree_math.vdot(x, y), tree_math.norm(x)))(x, y)
+    scale = (_exact(x, x) * _exact(y, y)) ** 0.5
+    np.testing.assert_allclose(product, _exact(x, y), rtol=0, atol=1e-5 * scale)
+    np.testing.assert_allclose(norm, _exact(x, x) ** 0.5, rtol=1e-5)
+    assert norm.dtype == product.dtype == jnp.float32
+
+
+def test_trees_of_different_dtypes():
+    x, y = _leaves(50, 0, (jnp.bfloat16,)), _leaves(50, 1, (jnp.float32,))
+    scale = (_exact(x, x) * _exact(y, y)) ** 0.5
+    np.testing.assert_allclose(tree_math.vdot(x, y), _exact(x, y), rtol=0, atol=1e-5 * scale)
+
+
+def test_trees_of_different_structure_raise():
+    with pytest.raises(ValueError, match=r"(?i)arity|structure|length"):
+        tree_math.vdot([jnp.ones(2)] * 3, [jnp.ones(2)] * 2)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_leaves_that_lie_on_several_devices(kind: AxisType):
+    """Some sharded, some on every device: the norm is that of one device."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    leaves = [jnp.arange(16.0).reshape(8, 2) + i for i in range(40)]
+    specs = [PartitionSpec("data") if i % 2 else PartitionSpec() for i in range(40)]
+    placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(leaves, specs, strict=True)]
+    with jax.set_mesh(mesh):
+        norm = jax.jit(tree_math.norm)(placed)
+    np.testing.assert_allclose(norm, _exact(leaves, leaves) ** 0.5, rtol=1e-6)
+
+
+def test_small_leaves_share_their_sums():
+    """The compiled program has a sum for some thirty leaves, not one for each."""
+    leaves = [jnp.ones(3 + i % 5) for i in range(320)]
+    perturbation = flatopt.scale_to_norm(0.1)
+
+    def displaced(leaves: list[jax.Array]) -> Any:
+        displacement, _ = perturbation.update(leaves, perturbation.init(leaves))
+        return optax.apply_updates(leaves, displacement)
+
+    text = jax.jit(displaced).lower(leaves).as_text()
+    assert 0 < text.count("stablehlo.reduce(") <= 320 // tree_math.JOINED_NUMBER

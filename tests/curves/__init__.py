@@ -1,0 +1,1 @@
+"""Tests: curves and landscapes."""
