@@ -39,7 +39,7 @@ bench: $(VENV)/.installed-bench  ## the short form of the benchmarks: tables, an
 	$(BIN)/python -m benchmarks.scaling --quick --json out/bench/scaling.json
 
 docs: $(VENV)/.installed-docs  ## build the site into docs/_build/html; warnings are errors
-	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -E -W --keep-going -b html docs docs/_build/html
 
 clean:  ## remove the virtual environment and every output
 	rm -rf $(VENV) out docs/_build
