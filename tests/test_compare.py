@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import urllib.error
 
 import jax
@@ -11,7 +12,6 @@ import numpy as np
 import optax
 import pytest
 import sklearn.datasets
-from matplotlib.text import Text
 
 import flatopt
 from benchmarks.compare import (
@@ -116,6 +116,9 @@ def test_whole_run(tmp_path, capsys):
     ]
 
     lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"All of it took \d+ s, \d+ CPUs, with compilation and pictures.", lines[-1]
+    )
     assert lines[0].startswith("method")
     assert [line.split()[0] for line in lines[2:7]] == ["sgd", "sam", "swa", "msam", "sam*"]
 
@@ -578,13 +581,31 @@ def test_diverged_networks_are_left_out_of_the_second_picture(tmp_path):
     program._draw_flatness({"sam": lost}, task, "title", tmp_path / "p.png")
 
 
-def test_labels_do_not_overlap():
-    crowd = [_arm(f"method {i}", (0.5, 0.5), top_eigenvalue=np.full(2, 2.0)) for i in range(9)]
-    figure = picture.make_figure([*crowd, _arm("far", (0.6, 0.6))], "title")
-    renderer = figure.canvas.get_renderer()
-    labels = [t for t in figure.axes[0].texts if t.get_text().startswith(("method", "far"))]
-    figure.draw_without_rendering()
-    # The parent's method: an annotation's own extent includes the line to its point.
-    boxes = [Text.get_window_extent(label, renderer) for label in labels]
-    assert len(boxes) == 10
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+def test_every_method_of_the_picture_has_a_row_of_its_own():
+    """Also where two have the same numbers, and where there are more methods than colours."""
+    arms = [_arm(f"method {i}") for i in range(12)] + [_arm("method 1", equal_gradients=True)]
+    figure = picture.make_figure(arms, "title")
+    gains, sharpness, lines = figure.axes
+    assert [t.get_text() for t in gains.get_yticklabels()] == [f"method {i}" for i in range(12)]
+    for axes in (gains, sharpness):
+        dots = [line for line in axes.lines if line.get_marker() == "o"]
+        heights = [float(line.get_ydata()[0]) for line in dots]
+        assert len(set(heights)) == len(arms)
+        # The shortened run is open, and stands between its method and the next.
+        assert dots[-1].get_markerfacecolor() == "white"
+        assert 1 < heights[-1] < 2
+    assert len(lines.lines) == picture.LINES
+
+
+def test_a_picture_can_be_drawn_from_a_results_file():
+    arms = [_arm("sgd"), _arm("sam", (0.25, 0.75), equal_gradients=True)]
+    arms.append(_arm("lost", train_loss=np.full(2, np.nan)))
+    again = report.from_json(json.loads(json.dumps(report.to_json(arms, arms[0]))))
+    for arm, other in zip(arms, again, strict=True):
+        assert (arm.label, arm.steps, arm.gradient_evaluations) == (
+            other.label, other.steps, other.gradient_evaluations,
+        )  # fmt: skip
+        for name in ("accuracy", "train_loss", "top_eigenvalue", "barrier"):
+            np.testing.assert_array_equal(getattr(arm, name), getattr(other, name))
+        np.testing.assert_array_equal(np.mean(arm.line, axis=0), other.line[0])
+    assert picture.title("digits", 300, 1, 10) == "digits, 300 training images, 1 seed, 10 steps"

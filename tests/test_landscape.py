@@ -157,6 +157,8 @@ def test_plots_draw(tmp_path):
     drawn = {
         "density": plots.density({"one": result, "two": result}),
         "alone": plots.density(result),
+        "spectrum": plots.spectrum({"one": result, "two": result}, num_params=9),
+        "shares": plots.spectrum(result),
         "contours": plots.contours(
             xs, ys, losses, trajectory=np.array([[0, 0], [0.5, 0.5]]), points={"end": (0.5, 0.5)}
         ),
@@ -184,3 +186,33 @@ def test_plots_of_nothing_finite(tmp_path):
 def test_scatter_needs_as_many_of_both():
     with pytest.raises(ValueError, match="as many accuracies"):
         plots.scatter({"sgd": [1.0, 2.0]}, {"sgd": [0.9]})
+
+
+def test_spectrum_counts_eigenvalues():
+    loss, _, params = problem.quadratic(np.arange(1.0, 10))
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    number = sum(leaf.size for leaf in jax.tree.leaves(params))
+    result = measures.spectral_density(loss, params, num_probes=number)  # Exact.
+    line = plots.spectrum(result, num_params=number).lines[0]
+    for size in (0.5, 3.5, 8.5):
+        counted = np.interp(size, line.get_xdata(), line.get_ydata())
+        np.testing.assert_allclose(counted, sum(np.arange(1.0, 10) > size), rtol=0.02)
+
+
+def test_scatter_keeps_an_outlier_at_the_edge():
+    axes = plots.scatter({"sgd": [1.0, 2.0, 3.0]}, {"sgd": [95.0, 96.0, 40.0]}, lowest=94.0)
+    low, high = axes.get_ylim()
+    assert low == 94.0
+    assert high > 96.0
+    assert [text.get_text() for text in axes.texts] == ["40"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "ticks"), [((1, 4), {2.0, 3.0}), ((1, 50), {2.0, 5.0, 20.0}), ((1, 1e4), {10.0})]
+)
+def test_a_short_logarithmic_axis_has_more_ticks_than_powers_of_ten(limits, ticks):
+    axes = plots.profile(([1.0, 2.0], [1.0, 2.0]), log=True)
+    axes.set_ylim(*limits)
+    plots.tick_powers(axes.yaxis)
+    assert ticks <= {round(float(tick), 6) for tick in axes.yaxis.get_majorticklocs()}
+    assert (3.0 in axes.yaxis.get_majorticklocs()) == (limits[1] == 4)

@@ -8,7 +8,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.compare.flatness import Surface
-from benchmarks.compare.picture import LINES
 from flatopt import measures, plots
 from flatopt.plots import STYLE
 
@@ -25,7 +24,7 @@ def draw(
         figure = Figure(figsize=(10.5, 4.6) if surface else (6.5, 4.6), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, 2 if surface else 1, squeeze=False)[0]
-        plots.spectrum(dict(list(densities.items())[:LINES]), panels[0], num_params=num_params)
+        plots.spectrum(densities, panels[0], num_params=num_params)
         panels[0].set_title(f"Hessian eigenvalues above a size, of {num_params}")
         panels[0].set_xlabel("size of the eigenvalue")
         if surface is not None:

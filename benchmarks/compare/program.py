@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ PICTURE, FLATNESS_PICTURE = "compare.png", "flatness.png"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     command = list(sys.argv[1:] if argv is None else argv)
+    began = time.perf_counter()
     args, dataset = arguments.parse(command)
     arms, networks, task = compare(args, dataset)
     second = _second_table(args, dataset)
@@ -61,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _write(args, arms, networks, task, results)
     except OSError as error:
         arguments.fail(f"the results cannot be written: {error}")
+    seconds = time.perf_counter() - began
+    print(f"All of it took {seconds:.0f} s, {machine['cpus']} CPUs, with compilation and pictures.")
     return 0
 
 
@@ -69,7 +73,10 @@ def _second_table(args: argparse.Namespace, dataset: datasets.Dataset) -> batch_
     if batch_norm.NAME not in args.methods:
         return None
     steps = min(args.steps, batch_norm.MOST_STEPS)
-    return batch_norm.study(dataset, list(range(args.seeds)), steps, args.train_size)
+    with tqdm(total=steps, unit="step", desc=batch_norm.NAME, leave=False) as bar:
+        return batch_norm.study(
+            dataset, list(range(args.seeds)), steps, args.train_size, bar.update
+        )
 
 
 class _Plan(NamedTuple):
@@ -130,7 +137,9 @@ def _plan(args: argparse.Namespace) -> list[_Plan]:
         count = training.count_gradients(method.build(_setting(args, steps)), steps)
         return _Plan(method, equal_gradients, steps, count)
 
-    full = [entry(name, False, args.steps) for name in args.methods if name in METHODS]
+    names = [name for name in args.methods if name in METHODS]
+    counted = tqdm(names, desc="counting gradients", leave=False)
+    full = [entry(name, False, args.steps) for name in counted]
     budget = full[0].gradient_evaluations
     shortened = [
         entry(plan.method.name, True, plan.steps * budget // plan.gradient_evaluations)
@@ -174,7 +183,8 @@ def _draw_flatness(networks: dict[str, Any], task: training.Task, title: str, pa
 
     data = task.first_seed()
     sound = {name: params for name, params in networks.items() if fine(params)}
-    densities = {name: flatness.density(task.loss_on, p, data) for name, p in sound.items()}
+    shown = tqdm(list(sound)[: picture.LINES], desc="spectra", leave=False)
+    densities = {name: flatness.density(task.loss_on, sound[name], data) for name in shown}
     corners = dict(list(sound.items())[:3])
     surface = flatness.surface(task.loss_on, corners, data) if len(corners) == 3 else None
     num_params = sum(leaf[0].size for leaf in jax.tree.leaves(task.initial_params))
