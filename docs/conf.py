@@ -68,6 +68,14 @@ def read_source(app, docname, content):
     content[0] = _OUTWARDS.sub(rf"\1({REPOSITORY}/blob/main/\2)", text)
 
 
+def open_cost(app, what, name, obj, options, lines):
+    """`Cost: none.` becomes a section like the others, with its text below."""
+    for i, line in enumerate(lines):
+        if line.startswith("Cost: "):
+            lines[i:] = ["Cost:", *(f"  {part.strip()}" for part in [line[6:], *lines[i + 1 :]])]
+            return
+
+
 def write_signature(app, what, name, obj, options, signature, returns):
     """Types by the names that the code has for them."""
     return _tables.signature(obj)
@@ -79,5 +87,6 @@ def setup(app):
     app.connect(
         "include-read", lambda app, path, docname, content: read_source(app, docname, content)
     )
+    app.connect("autodoc-process-docstring", open_cost, priority=100)  # Before napoleon.
     app.connect("autodoc-process-signature", write_signature)
     add_math(app)
