@@ -181,6 +181,6 @@ def test_fast_geometric_ensembling(capsys):
         assert ((own > 0.2) & (own <= 1)).all()  # Better than chance after one epoch.
     assert fge.main(["--seeds", "2", "--epochs", "1", "--cycles", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[2:5]] == list(accuracy)
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:5]] == list(accuracy)
     with pytest.raises(SystemExit):
         fge.main(["--seeds", "0"])
