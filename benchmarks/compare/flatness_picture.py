@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -28,8 +29,16 @@ def draw(
         panels[0].set_title(f"Hessian eigenvalues above a size, of {num_params}")
         panels[0].set_xlabel("size of the eigenvalue")
         if surface is not None:
+            # A loss that rounds to zero somewhere would take most of the colours.
+            lowest = float(np.nanpercentile(surface.losses, 5))
             plots.contours(
-                surface.xs, surface.ys, surface.losses, panels[1], points=surface.corners
+                surface.xs,
+                surface.ys,
+                surface.losses,
+                panels[1],
+                lowest=lowest,
+                points=surface.corners,
+                label="training loss",
             )
             panels[1].set_title("Training loss in the plane of three solutions")
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
