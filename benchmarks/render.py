@@ -92,11 +92,7 @@ def brings(up: str) -> str:
     mean = _pm(recomputed["mean"], recomputed["standard_error"], "+.2f")
     runs = json.loads((RESULTS / "whole_run.json").read_text())["rows"]
     faster = next(row for row in runs if row["method"] == "sam")["times_faster_than_peer"]["1"]
-    less, step, msam = (
-        "shortened to as many gradients as SGD",
-        times_sgd("sam"),
-        "msam momentum=0.9",
-    )
+    less, step = "shortened to as many gradients as SGD", times_sgd("sam")
     lines = [
         f"- `sam` {gain(digits, 'sam')}, `asam` {gain(digits, 'asam')}; {less} "
         f"{gain(digits, 'sam', True)} and {gain(digits, 'asam', True)}.",
