@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -38,5 +38,8 @@ bench: $(VENV)/.installed-bench  ## the short form of the benchmarks: tables, an
 	$(BIN)/python -m benchmarks.whole_run --quick --json out/bench/whole_run.json $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.scaling --quick --json out/bench/scaling.json
 
+docs: $(VENV)/.installed-docs  ## build the site into docs/_build/html; warnings are errors
+	$(BIN)/python -m sphinx -E -W --keep-going -b html docs docs/_build/html
+
 clean:  ## remove the virtual environment and every output
-	rm -rf $(VENV) out
+	rm -rf $(VENV) out docs/_build

@@ -30,13 +30,15 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "benchmarks" / "README.md",
 ]
+MSAM = "msam momentum=0.9"  # As the results files call the row of `msam_sgd`.
 # What a user would weigh against another, and what it stands beside.
 COST_ROWS = [
     "sam", "sam, by hand", "optax.contrib.sam, opaque", "optax.contrib.sam, transparent",
-    "sam every=5", "looksam every=5", "msam momentum=0.9", "swa", "params_ema", "lookahead",
+    "sam every=5", "looksam every=5", MSAM, "swa", "params_ema", "lookahead",
     "optax.lookahead", "PyTorch SAM", "PyTorch Lookahead",
 ]  # fmt: skip
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
@@ -50,8 +52,8 @@ def render(page: Path) -> str:
 
 def table(name: str, up: str) -> str:
     """The table and the provenance line of one results file; `up` leads to the root."""
-    if name == "cost":
-        return cost(up)
+    if name in ("brings", "cost"):
+        return brings(up) if name == "brings" else cost(up)
     file = name.removeprefix("batch_norm_")  # The second table of a comparison.
     kind = next(kind for kind in _TABLES if name.startswith(kind))
     path = RESULTS / f"{file}.json"
@@ -62,6 +64,46 @@ def table(name: str, up: str) -> str:
     if kind in draw.KINDS:
         lines += [f"![{file}]({up}benchmarks/plots/{file}.png)", ""]
     return "\n".join(lines)
+
+
+def brings(up: str) -> str:
+    """README's five lines: what the methods brought, and what they cost."""
+    models = ("mlp", "cnn", "transformer")
+    names = ["compare_digits", "compare_fashion_mnist", *(f"step_time_{m}" for m in models)]
+    if not all((RESULTS / f"{name}.json").exists() for name in [*names, "whole_run"]):
+        return ""
+    digits, fashion, *times = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
+
+    def gain(results: dict[str, Any], method: str, equal_gradients: bool = False) -> str:
+        arms = {(arm["method"], arm["equal_gradients"]): arm for arm in results["arms"]}
+        arm = arms[method, equal_gradients]
+        return _pm(arm["difference_points_mean"], arm["difference_points_standard_error"], "+.2f")
+
+    def times_sgd(method: str) -> str:
+        medians = [
+            row["over_base"]["median"]
+            for model, results in zip(models, times, strict=True)
+            for row in results["models"][model]["rows"]
+            if row["variant"] == method
+        ]
+        return f"{min(medians):.2f} to {max(medians):.2f}"
+
+    recomputed = digits["batch_norm"]["difference_points"]["recomputed_minus_last"]
+    mean = _pm(recomputed["mean"], recomputed["standard_error"], "+.2f")
+    runs = json.loads((RESULTS / "whole_run.json").read_text())["rows"]
+    faster = next(row for row in runs if row["method"] == "sam")["times_faster_than_peer"]["1"]
+    less, step = "shortened to as many gradients as SGD", times_sgd("sam")
+    lines = [
+        f"- `sam` {gain(digits, 'sam')}, `asam` {gain(digits, 'asam')}; {less} "
+        f"{gain(digits, 'sam', True)} and {gain(digits, 'asam', True)}.",
+        f"- `msam`, which takes no second gradient, {gain(digits, 'msam')}.",
+        "- `swa` of a network with BatchNorm, at a constant rate and with noisy labels, over its "
+        f"last weights: {mean}.",
+        f"- On Fashion-MNIST, in a short run, `sam` *loses*: {gain(fashion, 'sam')}.",
+        f"- A step takes {step} times SGD's with `sam`, {times_sgd(MSAM)} with `msam`, on a CPU; "
+        f"a whole run in one scan is {faster['median']:.1f} times faster than a PyTorch loop.",
+    ]
+    return "\n".join(["", *lines, "", f"[All results]({up}docs/results.md).", ""])
 
 
 def cost(up: str) -> str:

@@ -16,8 +16,8 @@ class MsamState(NamedTuple):
 
     Attributes:
       step: int32 scalar, number of updates so far.
-      scale: float scalar, rho / (|m| + 1e-12) at the last step: the parameters stand at the centre
-        minus `scale` times the momentum that `inner_state` holds.
+      scale: float scalar, `rho / (|m| + 1e-12)` at the last step: the parameters stand at the
+        centre minus `scale` times the momentum that `inner_state` holds.
       inner_state: state of the wrapped optimiser.
     """
 

@@ -1,1 +1,1 @@
-"""Tests: documentation."""
+"""README, the pages of the documentation, and the demands that they answer."""

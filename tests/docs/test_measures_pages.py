@@ -1,4 +1,4 @@
-"""The page of the measures names them all, and its figures are those of the committed results."""
+"""The pages of the measures name them all, and its figures are those of the committed results."""
 
 import json
 import re
@@ -10,8 +10,8 @@ import pytest
 import flatopt
 from flatopt import curves, landscape, measures, plots
 
-ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "measures.md").read_text()
+ROOT = Path(__file__).parents[2]
+PAGE = "\n".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("measures", "curves"))
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -33,13 +33,6 @@ def _row(start):
 def test_every_measure_is_on_the_page(name):
     helpers = {"quantise", "geodesic", "chain_units"}  # Parts of measures that are there.
     assert name in helpers or f"`{name}" in PAGE or f"={name}(" in PAGE or f".{name}(" in PAGE
-
-
-def test_links_and_pictures_exist():
-    targets = re.findall(r"\]\(((?!http)[^)]+)\)", PAGE)
-    assert targets
-    for target in targets:
-        assert (ROOT / "docs" / target).resolve().is_file(), target
 
 
 def test_correlations_are_the_measured_ones():

@@ -1,6 +1,5 @@
-"""The Python snippets of README and docs run as pasted, one namespace a file."""
+"""README and the pages of the documentation: code, links, pictures, tables."""
 
-import ast
 import re
 from pathlib import Path
 
@@ -20,14 +19,14 @@ def test_snippets_run(page: Path, tmp_path, monkeypatch):
         line = text[: text.index(snippet)].count("\n")
         with jax.numpy_rank_promotion("allow"):  # As in a user's own program.
             exec(compile("\n" * line + snippet, str(page), "exec"), namespace)
-    if page == ROOT / "README.md":
-        assert len(snippets) >= 3
+    if page == ROOT / "README.md":  # It shows an average that is worth its while.
+        assert namespace["mean_loss"] < namespace["last_loss"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_and_pictures_exist(page: Path):
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)|src=\"([^\"]+)\"", page.read_text()):
-        path = target[0] or target[1]
+        path = (target[0] or target[1]).split(" ")[0]  # Without a title.
         if not path.startswith(("http://", "https://")):
             assert (page.parent / path).exists(), f"{page.name} names {path}, which is not there"
 
@@ -37,9 +36,5 @@ def test_tables_are_those_of_the_results_files(page: Path):
     assert page.read_text() == render(page), "run `python -m benchmarks.render`"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_tests_named_in_a_page_exist(page: Path):
-    for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)", page.read_text()):
-        tree = ast.parse((ROOT / file).read_text())
-        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        assert name in functions, f"{page.name} names {file}::{name}, which is not there"
+def test_readme_fits_on_a_few_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
