@@ -60,9 +60,10 @@ def norm(tree: Any) -> jax.Array:
         return jnp.sqrt(square)
 
     def scaled() -> jax.Array:
-        factor = jnp.where(square > 1, *SCALES)
-        halves = [x.astype(accumulator_dtype(x.dtype)) * factor for x in leaves]
-        return jnp.sqrt(_sum_of_products(halves, halves)) / factor
+        down, up = (jnp.float32(scale) for scale in SCALES)
+        factor, inverse = jnp.where(square > 1, down, up), jnp.where(square > 1, up, down)
+        moved = [x.astype(accumulator_dtype(x.dtype)) * factor for x in leaves]
+        return jnp.sqrt(_sum_of_products(moved, moved)) * inverse
 
     is_plain = (square > SMALLEST_SQUARE) & (square < LARGEST_SQUARE)
     return jax.lax.cond(is_plain, lambda: jnp.sqrt(square), scaled)

