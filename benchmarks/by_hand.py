@@ -14,7 +14,6 @@ import optax
 
 import flatopt
 from benchmarks.methods import (
-    ALPHA,
     EMA_DECAY,
     EVERY,
     METHODS,
@@ -24,6 +23,8 @@ from benchmarks.methods import (
     Optimizer,
     sgd,
 )
+
+ALPHA = 0.5  # Of LookSAM.
 
 Carry = Any
 Step = Callable[[Carry, Any], Carry]

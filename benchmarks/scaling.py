@@ -29,6 +29,7 @@ import flatopt
 from benchmarks import by_hand, methods, models, record, timing
 from benchmarks.models import Problem
 
+GAMMA = 0.1  # Of the local entropy.
 BASE = "sgd"
 METHODS = ["sgd", "sam", "msam", "swa"]
 LARGEST_INTERLEAVED = 10_000_000
@@ -117,7 +118,7 @@ def inner_steps(quick: bool, repeats: int) -> dict[int, Any]:
     """L of `local_entropy`."""
 
     def build(number: int) -> methods.Build:
-        stage = flatopt.local_entropy(number, methods.GAMMA)
+        stage = flatopt.local_entropy(number, GAMMA)
         return lambda: optax.chain(stage, methods.sgd())
 
     return _against_sgd(build, "local_entropy", (1, 5) if quick else (1, 2, 5, 10, 20), repeats)

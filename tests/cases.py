@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 import flatopt
 
@@ -21,25 +20,45 @@ def sgd() -> optax.GradientTransformation:
     return optax.sgd(LEARNING_RATE, momentum=0.9)
 
 
-def _complete(kind: str, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """A whole optimiser from one factory's result."""
+Optimizer = optax.GradientTransformationExtraArgs
+
+
+def complete(
+    kind: str, tx: optax.GradientTransformation, base: Callable[[], Any] = sgd
+) -> Optimizer:
+    """A whole optimiser from one factory's result and the optimiser that `base` makes."""
     match kind:
         case "perturbation":
-            return optax.chain(flatopt.gradient_at(tx), sgd())
+            return optax.chain(flatopt.gradient_at(tx), base())
         case "direction":
             return optax.chain(
-                flatopt.gradient_at(optax.chain(tx, flatopt.scale_to_norm(0.05))), sgd()
+                flatopt.gradient_at(optax.chain(tx, flatopt.scale_to_norm(0.05))), base()
             )
         case "combiner":
             perturbation = flatopt.scale_to_norm(0.05)
-            return optax.chain(flatopt.gradient_at(perturbation, combiner=tx), sgd())
+            return optax.chain(flatopt.gradient_at(perturbation, combiner=tx), base())
         case "stage":
-            return optax.chain(tx, sgd())
+            return optax.chain(tx, base())
         case "average":
-            return optax.chain(sgd(), tx)
+            return optax.chain(base(), tx)
         case "wrapper":
             return tx
     raise ValueError(kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """A row of the benchmarks of step time and memory.
+
+    Attributes:
+      group: title of the rows that take turns with one base.
+      label: name of the row; empty is that of the factory.
+      kwargs: what differs from the arguments of the case.
+    """
+
+    group: str
+    label: str = ""
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +76,7 @@ class Case:
       copies: parameter-sized copies in the state, over that of the base optimiser; by bytes, and
         for a kernel of 100 x 100.
       variant: tells several cases of one factory apart.
+      bench: its row in the benchmarks, or None.
     """
 
     factory: str
@@ -67,6 +87,7 @@ class Case:
     extra_evaluations: int = 0
     copies: float = 0
     variant: str = ""
+    bench: Bench | None = None
 
     @property
     def name(self) -> str:
@@ -80,22 +101,33 @@ class Case:
         if not overrides:
             return self._built
         factory = getattr(flatopt, self.factory)
-        return _complete(self.kind, factory(**{**self.kwargs, **overrides}))
+        return complete(self.kind, factory(**{**self.kwargs, **overrides}))
 
     @functools.cached_property
     def _built(self) -> optax.GradientTransformationExtraArgs:
         """One object for all tests: `run` compiles its step once."""
-        return _complete(self.kind, getattr(flatopt, self.factory)(**self.kwargs))
+        return complete(self.kind, getattr(flatopt, self.factory)(**self.kwargs))
 
     @functools.cached_property
     def trained(self) -> tuple[Any, Any]:
         """Parameters and state after `run`: what most tests compare with, so computed once."""
         return run(self.build())
 
+    def build_on(
+        self, base: Callable[[], Any], learning_rate: Any, **overrides: Any
+    ) -> optax.GradientTransformationExtraArgs:
+        """The method on another optimiser than that of the tests, with its learning rate."""
+        kwargs = {**self.kwargs, **overrides}
+        if "optimizer" in kwargs:
+            kwargs["optimizer"] = base()
+        if "learning_rate" in kwargs and "learning_rate" not in overrides:
+            kwargs["learning_rate"] = learning_rate
+        return complete(self.kind, getattr(flatopt, self.factory)(**kwargs), base)
+
     def build_injected(self) -> optax.GradientTransformationExtraArgs:
         static = [n for n, v in self.kwargs.items() if isinstance(v, int) or callable(v)]
         factory = optax.inject_hyperparams(getattr(flatopt, self.factory), static_args=static)
-        return _complete(self.kind, factory(**self.kwargs))
+        return complete(self.kind, factory(**self.kwargs))
 
 
 def _mask(params: Any) -> Any:
@@ -128,71 +160,72 @@ CASES = [
     Case("gradient_at", "stage", {"perturbation": flatopt.scale_to_norm(0.05)}, extra_evaluations=10),
     Case("gradient_at", "stage", {"perturbation": flatopt.scale_to_norm(0.05), "num_steps": 3}, extra_evaluations=30, variant="num_steps"),
     Case("gradient_at", "stage", {"perturbation": flatopt.scale_to_norm(0.05), "start": 4, "every": 3}, extra_evaluations=2, variant="start_every"),
-    Case("sam", "stage", {"rho": 0.05}, "rho", 0.0, extra_evaluations=10),
-    Case("sam", "stage", {"rho": 0.05, "every": 5}, "rho", 0.0, extra_evaluations=2, variant="every"),
+    Case("sam", "stage", {"rho": 0.05}, "rho", 0.0, extra_evaluations=10, bench=Bench("sam")),
+    Case("sam", "stage", {"rho": 0.05, "every": 5}, "rho", 0.0, extra_evaluations=2, variant="every", bench=Bench("one gradient", "sam every=5")),
     Case("sam", "stage", {"rho": 0.05, "start": 7}, "rho", 0.0, extra_evaluations=3, variant="start"),
-    Case("asam", "stage", {"rho": 0.5}, "rho", 0.0, extra_evaluations=10),
+    Case("asam", "stage", {"rho": 0.5}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients")),
     Case("reuse_direction", "stage", {"perturbation": flatopt.scale_to_norm(0.5), "every": 5, "alpha": 0.5}, "alpha", extra_evaluations=2, copies=1),
-    Case("looksam", "stage", {"rho": 0.5, "every": 5, "alpha": 0.5}, "rho", 0.0, extra_evaluations=2, copies=1),
+    Case("looksam", "stage", {"rho": 0.5, "every": 5, "alpha": 0.5}, "rho", 0.0, extra_evaluations=2, copies=1, bench=Bench("one gradient", "looksam every=5")),
     Case("looksam", "stage", {"rho": 0.2, "every": 3, "alpha": 0.5, "layerwise": True, "start": 2}, "rho", 0.0, extra_evaluations=3, copies=1, variant="layerwise"),
-    Case("gsam", "stage", {"rho": 0.05, "alpha": 0.4}, "rho", 0.0, extra_evaluations=10),
+    Case("gsam", "stage", {"rho": 0.05, "alpha": 0.4}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients")),
     Case("gsam", "stage", {"rho": 0.05, "alpha": 0.4, "perturbation": flatopt.scale_to_weighted_norm(0.05), "minimise_perturbed": False}, "rho", 0.0, extra_evaluations=10, variant="big_vision"),
-    Case("gnp", "stage", {"rho": 0.05, "alpha": 0.8}, "rho", 0.0, extra_evaluations=10),
+    Case("gnp", "stage", {"rho": 0.05, "alpha": 0.8}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients")),
     Case("gnp", "stage", {"rho": 0.05, "alpha": 0.8, "normalise_clean": True}, "rho", 0.0, extra_evaluations=10, variant="normalized"),
-    Case("friendly_sam", "stage", {"rho": 0.05}, "rho", 0.0, extra_evaluations=10, copies=1),
-    Case("vasso", "stage", {"rho": 0.05}, "rho", 0.0, extra_evaluations=10, copies=1),
-    Case("zsharp", "stage", {"rho": 0.05, "quantile": 0.5}, "rho", 0.0, extra_evaluations=10),
-    Case("le_sam", "stage", {"budget": 0.1, "max_rho": 0.1}, "budget", 0.0, extra_evaluations=10),
-    Case("sparse_sam", "stage", {"rho": 0.05, "mask": _mask}, "rho", 0.0, extra_evaluations=10),
-    Case("sam_on", "stage", {"rho": 0.05, "mask": _mask}, "rho", 0.0, extra_evaluations=10),
-    Case("esam", "stage", {"rho": 0.05, "beta": 0.5}, "rho", 0.0, extra_evaluations=10),
-    Case("rwp", "stage", {"std": 0.1, "every": 2}, "std", 0.0, extra_evaluations=5),
-    Case("arwp", "stage", {"std": 0.1, "eta": 1.0, "decay": 0.9}, "std", 0.0, extra_evaluations=10, copies=0.01),
+    Case("friendly_sam", "stage", {"rho": 0.05}, "rho", 0.0, extra_evaluations=10, copies=1, bench=Bench("two gradients")),
+    Case("vasso", "stage", {"rho": 0.05}, "rho", 0.0, extra_evaluations=10, copies=1, bench=Bench("two gradients")),
+    Case("zsharp", "stage", {"rho": 0.05, "quantile": 0.5}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients and more work", kwargs={"quantile": 0.95})),
+    Case("le_sam", "stage", {"budget": 0.1, "max_rho": 0.1}, "budget", 0.0, extra_evaluations=10, bench=Bench("two gradients")),
+    Case("sparse_sam", "stage", {"rho": 0.05, "mask": _mask}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients")),
+    Case("sam_on", "stage", {"rho": 0.05, "mask": _mask}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients")),
+    Case("esam", "stage", {"rho": 0.05, "beta": 0.5}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients and more work")),
+    Case("rwp", "stage", {"std": 0.1, "every": 2}, "std", 0.0, extra_evaluations=5, bench=Bench("two gradients and more work", kwargs={"every": None})),
+    Case("rwp", "stage", {"std": 0.1, "every": 5}, "std", 0.0, extra_evaluations=2, variant="every", bench=Bench("one gradient", "rwp every=5")),
+    Case("arwp", "stage", {"std": 0.1, "eta": 1.0, "decay": 0.9}, "std", 0.0, extra_evaluations=10, copies=0.01, bench=Bench("two gradients and more work")),
     # local entropy
-    Case("langevin", "wrapper", {"learning_rate": 0.05, "temperature": 1e-4}, "temperature", copies=-1),
-    Case("local_entropy", "stage", {"num_steps": 4, "gamma": 0.5, "noise": 0.01}, "gamma", extra_evaluations=30),
+    Case("langevin", "wrapper", {"learning_rate": 0.05, "temperature": 1e-4}, "temperature", copies=-1, bench=Bench("inner loops and replicas")),
+    Case("local_entropy", "stage", {"num_steps": 4, "gamma": 0.5, "noise": 0.01}, "gamma", extra_evaluations=30, bench=Bench("inner loops and replicas", "local_entropy L=5", {"num_steps": 5})),
     Case("local_entropy", "stage", {"num_steps": 4, "gamma": 0.5, "momentum": 0.5, "initial_gradient": False, "scale_by_gamma": True}, "gamma", extra_evaluations=40, variant="all"),
     Case("local_entropy", "stage", {"num_steps": 0, "gamma": 0.5}, variant="no_steps"),
     Case("local_entropy", "stage", {"num_steps": 1, "gamma": 0.5, "inner_learning_rate": 0.2}, "inner_learning_rate", variant="one_step"),
-    Case("entropy_sgd", "wrapper", {"learning_rate": 0.1, "num_steps": 4, "gamma": 0.5, "inner_momentum": 0.5}, "learning_rate", extra_evaluations=40),
+    Case("entropy_sgd", "wrapper", {"learning_rate": 0.1, "num_steps": 4, "gamma": 0.5, "inner_momentum": 0.5}, "learning_rate", extra_evaluations=40, bench=Bench("inner loops and replicas", "entropy_sgd L=5", {"num_steps": 5})),
     Case("entropy_sgd", "wrapper", {"learning_rate": 0.5, "num_steps": 4, "gamma": 0.5, "form": "lua"}, "gamma", extra_evaluations=40, copies=-1, variant="lua"),
     Case("entropy_sgd", "wrapper", {"learning_rate": 0.2, "num_steps": 4, "gamma": 0.5, "form": "pittorino"}, "gamma", extra_evaluations=30, variant="pittorino"),
     # replicas; the axis name () makes a single one
     Case("couple_replicas", "stage", {"strength": 0.5, "axis_name": ()}),
     Case("couple_replicas", "stage", {"strength": 0.5, "axis_name": (), "every": 2}, variant="every"),
-    Case("parle", "wrapper", {"learning_rate": 0.05, "gamma": 0.1, "rho": 0.1, "every": 3, "axis_name": ()}, "gamma", copies=3),
+    Case("parle", "wrapper", {"learning_rate": 0.05, "gamma": 0.1, "rho": 0.1, "every": 3, "axis_name": ()}, "gamma", copies=3, bench=Bench("inner loops and replicas", "parle L=5, one replica", {"every": 5})),
     Case("gossip", "wrapper", {"optimizer": sgd(), "mixing": "full", "axis_name": ()}),
     Case("hold_replicas", "wrapper", {"optimizer": sgd(), "number": 1}),
     Case("hold_replicas", "wrapper", {"optimizer": optax.chain(flatopt.sam(0.05), sgd()), "number": 2, "std": 0.1}, extra_evaluations=30, copies=2, variant="sam"),
-    Case("replicated_sgd", "wrapper", {"optimizer": sgd(), "number": 3, "strength": 0.5, "std": 0.1}, "strength", extra_evaluations=20, copies=4),
+    Case("replicated_sgd", "wrapper", {"optimizer": sgd(), "number": 3, "strength": 0.5, "std": 0.1}, "strength", extra_evaluations=20, copies=4, bench=Bench("inner loops and replicas", "replicated_sgd 3 replicas")),
     # wrappers
-    Case("wsam", "wrapper", {"optimizer": sgd(), "learning_rate": LEARNING_RATE, "rho": 0.05, "gamma": 0.8}, "rho", 0.0, extra_evaluations=10),
+    Case("wsam", "wrapper", {"optimizer": sgd(), "learning_rate": LEARNING_RATE, "rho": 0.05, "gamma": 0.8}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients")),
     Case("wsam", "wrapper", {"optimizer": sgd(), "learning_rate": LEARNING_RATE, "rho": 0.05, "gamma": 0.5, "decouple": False, "max_norm": 10.0}, "rho", 0.0, extra_evaluations=10, variant="coupled"),
-    Case("sampa", "wrapper", {"optimizer": sgd(), "rho": 0.05}, "rho", 0.0, extra_evaluations=20, copies=1),
-    Case("hold_perturbed", "wrapper", {"optimizer": sgd(), "perturbation": flatopt.scale_to_norm(0.05)}, copies=1),
-    Case("msam", "wrapper", {"optimizer": sgd(), "rho": 0.1}, "rho", 0.0),
+    Case("sampa", "wrapper", {"optimizer": sgd(), "rho": 0.05}, "rho", 0.0, extra_evaluations=20, copies=1, bench=Bench("two gradients and more work")),
+    Case("hold_perturbed", "wrapper", {"optimizer": sgd(), "perturbation": flatopt.scale_to_norm(0.05)}, copies=1, bench=Bench("one gradient")),
+    Case("msam", "wrapper", {"optimizer": sgd(), "rho": 0.1}, "rho", 0.0, bench=Bench("one gradient")),
     Case("msam", "wrapper", {"optimizer": sgd(), "rho": -0.1}, "rho", 0.0, variant="ascent"),
-    Case("msam_sgd", "wrapper", {"learning_rate": LEARNING_RATE, "rho": 0.1}, "rho", 0.0),
-    Case("msam", "wrapper", {"optimizer": optax.adamw(0.05), "rho": 0.1}, "rho", 0.0, variant="adamw"),
-    Case("alternate", "wrapper", {"perturbation": flatopt.scale_to_norm(0.05), "optimizer": sgd()}, copies=1),
+    Case("msam_sgd", "wrapper", {"learning_rate": LEARNING_RATE, "rho": 0.1}, "rho", 0.0, bench=Bench("one gradient")),
+    Case("msam", "wrapper", {"optimizer": optax.adamw(0.05), "rho": 0.1}, "rho", 0.0, variant="adamw", bench=Bench("adamw", "msam on adamw")),
+    Case("alternate", "wrapper", {"perturbation": flatopt.scale_to_norm(0.05), "optimizer": sgd()}, copies=1, bench=Bench("one gradient")),
     Case("alternate", "wrapper", {"perturbation": flatopt.scale_to_adaptive_norm(0.05), "optimizer": optax.adamw(0.05)}, copies=1, variant="adamw"),
     # averaging
-    Case("swa", "average", {}, copies=1),
+    Case("swa", "average", {}, copies=1, bench=Bench("averages")),
     Case("swa", "average", {"start": 3, "every": 2}, copies=1, variant="start_every"),
-    Case("params_ema", "average", {"decay": 0.9}, "decay", copies=1),
+    Case("params_ema", "average", {"decay": 0.9}, "decay", copies=1, bench=Bench("averages")),
     Case("params_ema", "average", {"decay": 0.99, "debias": False, "warmup_steps": 10}, "decay", copies=1, variant="warmup"),
-    Case("power_ema", "average", {"exponent": 2.0}, "exponent", copies=1),
-    Case("lawa", "average", {"window": 3}, copies=3),
+    Case("power_ema", "average", {"exponent": 2.0}, "exponent", copies=1, bench=Bench("averages")),
+    Case("lawa", "average", {"window": 3}, copies=3, bench=Bench("averages", "lawa window=3 every=5", {"every": 5})),
     Case("lawa", "average", {"window": 2, "every": 2, "start": 4}, copies=2, variant="start_every"),
-    Case("snapshots", "average", {"number": 4, "start": 2, "every": 2}, copies=4),
-    Case("swag", "average", {"rank": 3}, copies=2 + 3),
+    Case("snapshots", "average", {"number": 4, "start": 2, "every": 2}, copies=4, bench=Bench("averages", "snapshots number=4 every=5", {"start": None, "every": 5})),
+    Case("swag", "average", {"rank": 3}, copies=2 + 3, bench=Bench("averages", "swag rank=3 every=5", {"every": 5})),
     Case("swag", "average", {"rank": 2, "start": 2, "every": 2}, copies=2 + 2, variant="start_every"),
     # wrappers that average
-    Case("lookahead", "wrapper", {"optimizer": sgd(), "every": 3}, copies=1),
+    Case("lookahead", "wrapper", {"optimizer": sgd(), "every": 3}, copies=1, bench=Bench("averages", kwargs={"every": 5})),
     Case("lookahead", "wrapper", {"optimizer": sgd(), "every": 3, "slow_step_size": 0.8}, "slow_step_size", 1.0, copies=1, variant="step"),
     Case("lookahead", "wrapper", {"optimizer": optax.adamw(0.05), "every": 2, "reset_state": True}, copies=1, variant="reset"),
     Case("lookahead", "wrapper", {"optimizer": sgd(), "every": 2, "pull_back": True, "start": 3}, copies=2, variant="pull_back"),
-    Case("periodic_swa", "wrapper", {"optimizer": sgd(), "period": 4}, copies=1),
+    Case("periodic_swa", "wrapper", {"optimizer": sgd(), "period": 4}, copies=1, bench=Bench("averages", "periodic_swa period=5", {"period": 5})),
     Case("periodic_swa", "wrapper", {"optimizer": optax.adamw(0.05), "period": 4, "start": 3, "every": 2, "stop": 6}, copies=1, variant="stop"),
     # monitoring
     Case("record_gradient_norm", "stage", {}),
@@ -200,21 +233,24 @@ CASES = [
     Case("record_distance", "average", {"average": flatopt.swa()}, copies=1),
     Case("record_cosine", "wrapper", {"optimizer": sgd()}),
     # recipes
-    Case("gadam", "wrapper", {"learning_rate": 0.05, "start": 3}, copies=2),  # Adam's two and the mean, less SGD's one.
-    Case("gadamx", "wrapper", {"learning_rate": 0.05, "start": 3}, copies=3),
-    Case("wasam", "wrapper", {"optimizer": sgd(), "rho": 0.05, "start": 3}, "rho", extra_evaluations=10, copies=1),
+    Case("gadam", "wrapper", {"learning_rate": 0.05, "start": 3}, copies=2, bench=Bench("adamw", kwargs={"start": 1, "every": 5})),  # Adam's two and the mean, less SGD's one.
+    Case("gadamx", "wrapper", {"learning_rate": 0.05, "start": 3}, copies=3, bench=Bench("adamw", kwargs={"start": 1, "every": 5})),
+    Case("wasam", "wrapper", {"optimizer": sgd(), "rho": 0.05, "start": 3}, "rho", extra_evaluations=10, copies=1, bench=Bench("two gradients", kwargs={"start": None})),
 ]
 # fmt: on
 
 
 def cases(**conditions: Callable[[Case], bool]) -> list[Any]:
     """The cases that meet every condition, as pytest parameters named after them."""
+    import pytest  # Not above: benchmarks and documentation read `CASES` without it.
+
     chosen = [c for c in CASES if all(condition(c) for condition in conditions.values())]
     return [pytest.param(c, id=c.name) for c in chosen]
 
 
 def main_cases(**conditions: Callable[[Case], bool]) -> list[Any]:
     """For slow tests: pieces of a method, and variants of one, run with the exhaustive tests."""
+    import pytest
 
     def mark(case: Case) -> Any:
         piece = case.kind in ("perturbation", "direction", "combiner")

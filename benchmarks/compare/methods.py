@@ -1,15 +1,17 @@
 """The table of methods: each row builds an optax optimiser for a run of a given length.
 
-The radii were fixed before the comparison was run, not tuned on its test images. To add a method,
-write its builder and put a row in `METHODS`.
+The radii were fixed before the comparison was run, not tuned on its test images. Every method of
+`tests/cases.py` has a row; those that are not in `CHOSEN` take the arguments of their case.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import optax
 
 import flatopt
+from tests.cases import CASES, Case
 
 MOMENTUM = 0.9
 SAM_RHO = 0.2
@@ -189,7 +191,7 @@ def _replicated_sgd(setting: Setting) -> optax.GradientTransformation:
 
 BASELINE = "sgd"
 
-METHODS: dict[str, Method] = {
+CHOSEN: dict[str, Method] = {
     method.name: method
     for method in (
         Method(BASELINE, _sgd, f"SGD, momentum {MOMENTUM}, cosine schedule"),
@@ -253,4 +255,28 @@ METHODS: dict[str, Method] = {
             fresh_batches=True,
         ),
     )
+}
+
+
+def _of_case(case: Case) -> Method:
+    """A method as its case has it: stages before SGD, averages after it over the last part."""
+    factory = getattr(flatopt, case.factory)
+    takes = inspect.signature(factory).parameters
+
+    def build(setting: Setting) -> optax.GradientTransformation:
+        overrides = {}
+        if case.kind == "average" and {"start", "every"} <= set(takes):
+            overrides = {"start": setting.average_start, "every": setting.steps_per_epoch}
+        base = _sgd_for_averages if case.kind == "average" else _sgd
+        schedule = optax.cosine_decay_schedule(setting.learning_rate, setting.steps)
+        return case.build_on(lambda: base(setting), schedule, **overrides)
+
+    about = (inspect.getdoc(factory) or "").splitlines()[0].rstrip(".")
+    return Method(case.factory, build, f"{about}; not tuned", default=False)
+
+
+METHODS = CHOSEN | {
+    case.factory: _of_case(case)
+    for case in reversed(CASES)  # The first case of a factory is its plain form.
+    if case.kind in ("stage", "average", "wrapper") and case.factory not in CHOSEN
 }
