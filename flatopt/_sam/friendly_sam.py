@@ -9,6 +9,7 @@ import optax
 from flatopt._core import checks
 from flatopt._core.timing import value_at
 from flatopt._sam.ascent import (
+    GradientEmaState,
     follow_mean,
     gradient_ema_direction,
     scale_to_adaptive_norm,
@@ -17,58 +18,47 @@ from flatopt._sam.ascent import (
 from flatopt._sam.gradient_at import ascent_stage
 
 
+def subtract_mean(grads: Any, mean: Any, sigma: Any) -> Any:
+    r""":math:`g - \sigma m`: what is left is the noise of the batch."""
+    return jax.tree.map(lambda g, m: (g - sigma * m).astype(g.dtype), grads, mean)
+
+
 def subtract_gradient_ema(
-    sigma: optax.ScalarOrSchedule,
-    decay: optax.ScalarOrSchedule,
-    *,
-    accumulator_dtype: Any = None,
+    sigma: optax.ScalarOrSchedule, decay: optax.ScalarOrSchedule, *, accumulator_dtype: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Subtracts the mean of past gradients, which leaves the noise of the batch: Friendly-SAM.
 
-    .. math::
-      d_t = g_t - \sigma m_{t-1}, \qquad
+    .. math:: d_t = g_t - \sigma m_{t-1}, \qquad
       m_t = \lambda m_{t-1} + (1 - \lambda) g_t, \quad m_0 = 0, \quad m_1 = g_1
 
     Args:
-      sigma: share of the mean to subtract, >= 0; 1 is usual, 0 is the gradient itself. A number, a
-        traced array, or a schedule of the step count.
-      decay: :math:`\lambda`, in [0, 1); 0.6 to 0.9 are usual. Likewise.
-      accumulator_dtype: dtype of the mean; None means float32 or that of the parameters, the wider.
-        `jnp.bfloat16` halves the state. Static.
+      sigma: share of the mean to subtract, >= 0: a number, a traced array, or a schedule.
+      decay: :math:`\lambda`, in [0, 1): likewise.
+      accumulator_dtype: dtype of the mean; None is float32, or wider parameters' own. Static.
 
     Returns:
-      A transformation to be chained before `scale_to_norm`. A gradient with inf or NaN is handed on
-      but does not enter the mean.
-
-    Raises:
-      ValueError: if `sigma` or `decay` is out of range.
+      A transformation to be chained before `scale_to_norm`; inf and NaN never enter the mean.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import flatopt
+      >>> import jax.numpy as jnp, flatopt
       >>> direction = flatopt.subtract_gradient_ema(sigma=1.0, decay=0.9)
-      >>> state = direction.init(jnp.zeros(2))
-      >>> for grads in (jnp.array([1.0, 2.0]), jnp.array([1.5, 1.0])):
-      ...     updates, state = direction.update(grads, state)
-      >>> print(updates, state.ema)
-      [ 0.5 -1. ] [1.05 1.9 ]
+      >>> _, state = direction.update(jnp.array([1.0, 2.0]), direction.init(jnp.zeros(2)))
+      >>> print(direction.update(jnp.array([1.5, 1.0]), state)[0])
+      [ 0.5 -1. ]
 
     References:
       Li, Zhou, He, Cheng, Huang. Friendly Sharpness-Aware Minimization. arXiv:2403.12350
 
-    Notes:
-      The mean starts at the first gradient and is not debiased, as in the authors' code. With
-      batches of the whole data set the difference is that of two iterates, and points anywhere.
-      State: one copy of the parameters, one integer.
+    Cost: 0 extra gradients; 1 copy.
     """
     checks.check_number("sigma", sigma, low=0.0)
     checks.check_number("decay", decay, low=0.0, high=1.0, high_allowed=False)
 
-    def direction(grads: Any, ema: Any, step: Any) -> tuple[Any, Any]:
-        weight, keep = value_at(sigma, step), value_at(decay, step)
-        d = jax.tree.map(lambda g, m: (g - weight * m).astype(g.dtype), grads, ema.ema)
-        keep = jnp.where(ema.step == 0, 0, keep)
-        return d, follow_mean(keep, ema.ema, grads)
+    def direction(grads: Any, state: GradientEmaState, step: Any) -> tuple[Any, Any]:
+        # The mean starts at the first gradient.
+        keep = jnp.where(state.step == 0, 0, value_at(decay, step))
+        noise = subtract_mean(grads, state.ema, value_at(sigma, step))
+        return noise, follow_mean(keep, state.ema, grads)
 
     return gradient_ema_direction(direction, accumulator_dtype)
 
@@ -85,48 +75,32 @@ def friendly_sam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Friendly-SAM: the ascent follows the noise of the batch, not its mean gradient.
 
-    .. math::
-      g_t \leftarrow \nabla L(w + \rho \, d_t / \|d_t\|), \qquad d_t = g_t - \sigma m_{t-1}, \qquad
-      m_t = \lambda m_{t-1} + (1 - \lambda) g_t
+    .. math:: g_t \leftarrow \nabla L(w + \rho \, d_t / \|d_t\|), \qquad
+      d_t = g_t - \sigma m_{t-1}, \qquad m_t = \lambda m_{t-1} + (1 - \lambda) g_t
 
     Args:
-      rho: radius, >= 0: a number, a traced array, or a schedule of the step count. With the number
-        0 the stage is the identity and takes no gradient.
+      rho: radius, >= 0: a number, a traced array, or a schedule; see `sam`.
       sigma: share of the mean to subtract, >= 0; 0 is `sam`. Likewise.
       decay: :math:`\lambda`, in [0, 1); 0.6 to 0.9 are usual. Likewise.
       adaptive: True: the ascent step is `scale_to_adaptive_norm(rho)`. Static.
-      start: number of plain updates before the first sharp one, >= 0; None means 0. Static.
-      every: one sharp update in `every`, >= 1; None means each. Others do not enter the mean.
-        Static.
-      accumulator_dtype: dtype of the mean; None means float32 or that of the parameters, the wider.
-        `jnp.bfloat16` halves the state. Static.
+      start, every: when it acts; see `gradient_at`. Other gradients do not enter the mean.
+      accumulator_dtype: dtype of the mean; None is float32, or wider parameters' own. Static.
 
     Returns:
       A stage to be chained before any optimiser; `update` needs `params` and `grad_fn`.
 
-    Raises:
-      ValueError: if an argument is out of range, or `params` or `grad_fn` is missing.
-
     Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> import flatopt
-      >>> tx = optax.chain(flatopt.friendly_sam(rho=0.5), optax.sgd(0.1))
-      >>> params = jnp.array([3.0, 4.0])
-      >>> grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * jnp.sum(w**2))
-      >>> updates, _ = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
-      >>> print(updates)
-      [-0.33 -0.44]
+      >>> import jax.numpy as jnp, flatopt
+      >>> tx, w = flatopt.friendly_sam(rho=0.5), jnp.array([3.0, 4.0])
+      >>> print(tx.update(w, tx.init(w), w, grad_fn=lambda w, i: w)[0])
+      [3.3 4.4]
 
     References:
       Li, Zhou, He, Cheng, Huang. Friendly Sharpness-Aware Minimization. arXiv:2403.12350
 
-    Notes:
-      Place: as for `sam`. Gradient evaluations: one extra per sharp update. State: one copy of the
-      parameters, three integers; one temporary copy.
+    Cost: 1 extra gradient; 1 copy (+1 temporary).
     """
     checks.check_number("rho", rho, low=0.0)
-    ascent = scale_to_adaptive_norm(rho) if adaptive else scale_to_norm(rho)
-    perturbation = optax.chain(
-        subtract_gradient_ema(sigma, decay, accumulator_dtype=accumulator_dtype), ascent
-    )
-    return ascent_stage(rho, perturbation, start=start, every=every)
+    direction = subtract_gradient_ema(sigma, decay, accumulator_dtype=accumulator_dtype)
+    climb = scale_to_adaptive_norm(rho) if adaptive else scale_to_norm(rho)
+    return ascent_stage(rho, optax.chain(direction, climb), start=start, every=every)

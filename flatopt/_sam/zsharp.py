@@ -1,38 +1,46 @@
 """ZSharp (Yun, arXiv:2505.02369): the ascent follows the entries that stand out in their layer."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from flatopt._core import checks, tree_math
-from flatopt._core import quantile as _quantile
+from flatopt._core.quantile import quantile as quantile_of
 from flatopt._sam.ascent import scale_to_norm
 from flatopt._sam.gradient_at import ascent_stage
 
 
-def keep_large_zscores(quantile: float) -> optax.GradientTransformationExtraArgs:
+def keep_outstanding(g: jax.Array, q: jax.typing.ArrayLike) -> jax.Array:
+    r""":math:`g_i \, [\,|z_i| \ge Q_q(|z|)\,]` of one leaf, z = (g - mean(g)) / std(g).
+
+    The deviation divides both sides and drops out: it is not computed.
+    """
+    if g.size == 0:
+        return g
+    wide = g.astype(tree_math.accumulator_dtype(g.dtype))
+    distance = jnp.abs(wide - jnp.mean(wide))
+    # The slack keeps ties together: the two entries of a pair are equally far from their mean.
+    threshold = (1 - 1e-5) * quantile_of(distance, q)
+    return jnp.where(distance >= threshold, g, jnp.zeros_like(g))
+
+
+def keep_large_zscores(
+    quantile: jax.typing.ArrayLike,
+) -> optax.GradientTransformationExtraArgs:
     r"""Keeps the entries of the gradient that stand out in their leaf: ZSharp's filter.
 
-    .. math::
-      z = (g - \mathrm{mean}(g)) / \mathrm{std}(g), \qquad
+    .. math:: z = (g - \mathrm{mean}(g)) / \mathrm{std}(g), \qquad
       d_i = g_i \, [\,|z_i| \ge Q_q(|z|)\,]
 
     Args:
-      quantile: q, in [0, 1): the share of each leaf's entries to drop; 0.95 is the paper's. A
-        number or a traced array.
+      quantile: q, in [0, 1): the share of each leaf's entries to drop; a number or a traced array.
 
     Returns:
       A transformation to be chained before `scale_to_norm`. Mean, deviation and quantile are those
       of one leaf at a time, so that every leaf keeps its own largest entries.
 
-    Raises:
-      ValueError: if `quantile` is out of range.
-
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import flatopt
+      >>> import jax.numpy as jnp, flatopt
       >>> direction = flatopt.keep_large_zscores(0.5)
       >>> grads = jnp.array([0.1, 4.0, -0.1, -4.0])
       >>> print(direction.update(grads, direction.init(grads))[0])
@@ -42,78 +50,49 @@ def keep_large_zscores(quantile: float) -> optax.GradientTransformationExtraArgs
       Yun. Sharpness-Aware Minimization with Z-Score Gradient Filtering for Neural Networks.
       arXiv:2505.02369
 
-    Notes:
-      Within a leaf the deviation divides both sides and drops out, so it is not computed. State:
-      none. Its cost: some 35 sweeps over each leaf, which on large layers with little arithmetic is
-      more than a gradient.
+    Cost: 0 extra gradients; 0 copies; some 35 sweeps over each leaf.
     """
     checks.check_number("quantile", quantile, low=0.0, high=1.0, high_allowed=False)
 
-    def leaf(g: jax.Array) -> jax.Array:
-        if g.size == 0:
-            return g
-        wide = g.astype(tree_math.accumulator_dtype(g.dtype))
-        distance = jnp.abs(wide - jnp.mean(wide))
-        # The slack keeps ties together: the two entries of a pair are equally far from their mean.
-        threshold = (1 - 1e-5) * _quantile.quantile(distance, quantile)
-        return jnp.where(distance >= threshold, g, jnp.zeros_like(g))
+    def keep(grads: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        del params
+        return jax.tree.map(lambda g: keep_outstanding(g, quantile), grads)
 
-    def update_fn(
-        updates: optax.Updates,
-        state: optax.EmptyState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.EmptyState]:
-        del params, extra_args
-        return jax.tree.map(leaf, updates), state
-
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    return optax.with_extra_args_support(optax.stateless(keep))
 
 
 def zsharp(
     rho: optax.ScalarOrSchedule,
     *,
-    quantile: float = 0.95,
+    quantile: jax.typing.ArrayLike = 0.95,
     start: int | None = None,
     every: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""ZSharp: the ascent follows only the entries of the gradient that stand out in their layer.
 
-    .. math::
-      g \leftarrow \nabla L(w + \rho \, d / \|d\|), \qquad d_i = g_i \, [\,|z_i| \ge Q_q(|z|)\,]
+    .. math:: g \leftarrow \nabla L(w + \rho \, d / \|d\|), \qquad
+      d_i = g_i \, [\,|z_i| \ge Q_q(|z|)\,]
 
     Args:
-      rho: radius, >= 0: a number, a traced array, or a schedule of the step count. With the number
-        0 the stage is the identity and takes no gradient.
-      quantile: q, in [0, 1): the share of each leaf's entries to leave out; 0 is `sam`. A number or
-        a traced array.
-      start: number of plain updates before the first sharp one, >= 0; None means 0. Static.
-      every: one sharp update in `every`, >= 1; None means each. Static.
+      rho: radius, >= 0: a number, a traced array, or a schedule; see `sam`.
+      quantile: q, in [0, 1): the share of each leaf's entries to leave out; 0 is `sam`, 0.95 is the
+        paper's. A number or a traced array.
+      start, every: when it acts; see `gradient_at`.
 
     Returns:
       A stage to be chained before any optimiser; `update` needs `params` and `grad_fn`.
 
-    Raises:
-      ValueError: if an argument is out of range, or `params` or `grad_fn` is missing.
-
     Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> import flatopt
-      >>> tx = optax.chain(flatopt.zsharp(rho=0.5, quantile=0.5), optax.sgd(0.1))
-      >>> params = jnp.array([0.1, 4.0, -0.1, -4.0])
-      >>> grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * jnp.sum(w**2))
-      >>> updates, _ = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
-      >>> print(updates)
-      [-0.01   -0.4354  0.01    0.4354]
+      >>> import jax.numpy as jnp, flatopt
+      >>> tx, w = flatopt.zsharp(rho=0.5, quantile=0.5), jnp.array([0.1, 4.0, -0.1, -4.0])
+      >>> print(tx.update(w, tx.init(w), w, grad_fn=lambda w, i: w)[0])
+      [ 0.1    4.354 -0.1   -4.354]
 
     References:
       Yun. Sharpness-Aware Minimization with Z-Score Gradient Filtering for Neural Networks.
       arXiv:2505.02369
 
-    Notes:
-      The quantile is that of each leaf: see `keep_large_zscores`. Place: as for `sam`. Gradient
-      evaluations: one extra per sharp update. State: two integers; one temporary copy of the
-      parameters.
+    Cost: 1 extra gradient; 0 copies (+1 temporary); some 35 sweeps over each leaf.
     """
     checks.check_number("rho", rho, low=0.0)
     perturbation = optax.chain(keep_large_zscores(quantile), scale_to_norm(rho))
