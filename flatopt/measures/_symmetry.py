@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.optimize
 
 from flatopt._core import checks
 from flatopt.measures import _variables
@@ -189,6 +188,8 @@ def align_units(
       Exact for one set of units; for several a local optimum. Looks at weights alone: no data, no
       gradients. For a ReLU network call `rescale_units` on both first if their scales differ.
     """
+    from scipy.optimize import linear_sum_assignment  # Here: slow to import.
+
     checks.check_count("max_sweeps", max_sweeps, 1)
     _variables.check_alike("other_params", other_params, params)
     first, second = by_path(params), by_path(other_params)
@@ -208,7 +209,7 @@ def align_units(
         for number, group in enumerate(units):
             slots = group.incoming + group.outgoing
             likeness = sum(_rows(ours[p], axis) @ _rows(theirs[p], axis).T for p, axis in slots)
-            _, best = scipy.optimize.linear_sum_assignment(likeness, maximize=True)
+            _, best = linear_sum_assignment(likeness, maximize=True)
             places = np.arange(len(best))
             gain = likeness[places, best].sum() - np.trace(likeness)
             if gain > 1e-12 * np.abs(likeness).sum():
