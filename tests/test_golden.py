@@ -7,7 +7,6 @@ import pytest
 
 from tests import (
     golden_averages,
-    golden_curves,
     golden_entropy,
     golden_sam,
     golden_sam_family,
@@ -21,7 +20,6 @@ MOVING = (
     | golden_averages.ADAPTERS
     | golden_slow_weights.ADAPTERS
     | golden_entropy.ADAPTERS
-    | golden_curves.ADAPTERS
 )
 TESTS = pathlib.Path(__file__).parent
 # Rows of the table "Not replayed" in the README of the recorded runs: `method` | why.

@@ -64,10 +64,13 @@ def geodesic(
     _variables.check_alike("other_params", other_params, params)
     ours, theirs = _symmetry.by_path(params), _symmetry.by_path(other_params)
     result = dict(ours)
-    inside = set()
+    inside: set[str] = set()
     t = jnp.asarray(position)
-    for group in units:
-        _symmetry.check_slots(ours, group)
+    for group in _symmetry.check_units(ours, units):
+        if inside & {path for path, _ in group.incoming}:
+            raise ValueError(
+                "units names one leaf as incoming of two sets: it turns on one sphere only."
+            )
         inside |= {path for path, _ in group.incoming}
         first_weight, second_weight = _arc(
             _sum(group.incoming, ours, ours),

@@ -150,7 +150,7 @@ def check_evaluates(function: Callable[..., Any], params: optax.Params, data: _b
         raise ValueError(
             f"loss_fn(params, batch) fails on one batch, arrays of shapes {shapes}: {reason} "
             "(Stacked data have the batches on the leading axis; for one batch pass [batch]. A "
-            "batch is handed over whole: for loss_fn(params, x, y) write a function that takes (x, y).)"
+            "batch is handed over whole: for loss_fn(params, x, y) write a function of (x, y).)"
         ) from error
 
 

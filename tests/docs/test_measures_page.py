@@ -10,7 +10,7 @@ import pytest
 import flatopt
 from flatopt import curves, landscape, measures, plots
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "measures.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
 
