@@ -6,7 +6,6 @@ import re
 import pytest
 
 from tests import (
-    golden_curves,
     golden_entropy,
     golden_sam,
     golden_sam_family,
@@ -17,7 +16,6 @@ MOVING = (
     golden_sam.ADAPTERS
     | golden_sam_family.ADAPTERS
     | golden_entropy.ADAPTERS
-    | golden_curves.ADAPTERS
 )
 TESTS = pathlib.Path(__file__).parent
 # Rows of the table "Not replayed" in the README of the recorded runs: `method` | why.
