@@ -12,11 +12,7 @@ from tests import (
 )
 from tests.replay import FOLDER, OWN_FOLDER, Golden
 
-MOVING = (
-    golden_sam.ADAPTERS
-    | golden_sam_family.ADAPTERS
-    | golden_entropy.ADAPTERS
-)
+MOVING = golden_sam.ADAPTERS | golden_sam_family.ADAPTERS | golden_entropy.ADAPTERS
 TESTS = pathlib.Path(__file__).parent
 # Rows of the table "Not replayed" in the README of the recorded runs: `method` | why.
 NOT_REPLAYED = dict(

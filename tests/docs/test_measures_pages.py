@@ -10,13 +10,8 @@ import pytest
 import flatopt
 from flatopt import curves, landscape, measures, plots
 
-<<<<<<<< HEAD:tests/docs/test_measures_pages.py
 ROOT = Path(__file__).parents[2]
 PAGE = "\n".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("measures", "curves"))
-========
-ROOT = Path(__file__).parent.parent.parent
-PAGE = (ROOT / "docs" / "measures.md").read_text()
->>>>>>>> room-measures:tests/docs/test_measures_page.py
 RESULTS = ROOT / "benchmarks" / "results"
 
 
