@@ -32,7 +32,7 @@ from flatopt._averaging.snapshots import snapshot_params, snapshots
 from flatopt._averaging.swa import constant_phase_start, swa, swa_schedule
 from flatopt._averaging.swag import SwagCovariance, SwagState, sample_params, swag, swag_covariance
 from flatopt._averaging.wasam import wasam
-from flatopt._core.eval_params import HoldsEvalParams, eval_params
+from flatopt._core.eval_params import HoldsEvalParams, eval_params, holds_eval_params
 from flatopt._core.grad_fn import GradFn, GradientFunction, make_grad_fn
 from flatopt._entropy.entropy_sgd import entropy_sgd
 from flatopt._entropy.langevin import langevin
@@ -91,6 +91,7 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     "eval_params",
     "GradFn",
     "GradientFunction",
+    "holds_eval_params",
     "HoldsEvalParams",
     "make_grad_fn",
     # SAM and its family: pieces

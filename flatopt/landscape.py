@@ -157,14 +157,6 @@ def project(params: optax.Params, plane: Plane) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Loss:
-    loss_fn: _batches.LossFn
-
-    def __call__(self, params: Any, batch: tuple[Any, ...]) -> jax.Array:
-        return self.loss_fn(params, *batch)
-
-
-@dataclasses.dataclass(frozen=True)
 class _Grid:
     """Losses at `origin + sum of coordinates times directions`, for a list of coordinates."""
 
@@ -186,7 +178,7 @@ class _Grid:
                 place = jax.tree.map(
                     lambda w, d, share=share: w + (share * d).astype(w.dtype), place, direction
                 )
-            return mean(_Loss(self.loss_fn), place)
+            return mean(_batches.Call(self.loss_fn), place)
 
         if self.chunk is not None and loops.compiled:
             return jax.lax.map(at, coordinates, batch_size=self.chunk)
@@ -199,6 +191,7 @@ def line(
     direction: optax.Params,
     batches: _batches.Batches = None,
     *,
+    weights: _batches.Weights = None,
     positions: jax.typing.ArrayLike | None = None,
     chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -211,9 +204,8 @@ def line(
         Static.
       params: w.
       direction: d, a tree like `params`: `random_direction`, an eigenvector, a difference.
-      batches: the data: a pytree of arrays with the batches on the leading axis, gone through by
-        `lax.scan`; or a list or another iterable of batches, or a function that returns an
-        iterator; or None.
+      batches, weights: the data and what each batch counts; see
+        `flatopt.measures.hessian_vector_product`.
       positions: [n]; None: 25 from -1 to 1.
       chunk: how many positions to evaluate at once; None: one. More is faster on accelerators, and
         takes as many copies of the parameters. Static.
@@ -241,13 +233,14 @@ def line(
     Notes:
       Cost: one loss over the data for each position. What overflows comes back as inf or NaN.
     """
+    data = _batches.weigh(batches, weights)
     places = jnp.linspace(-1.0, 1.0, 25) if positions is None else jnp.asarray(positions, float)
     if places.ndim != 1 or not places.size:
         raise ValueError(f"positions has shape {places.shape}: it must be a list of numbers.")
     checks.check_count("chunk", chunk, 1)
-    _batches.first_batch(batches)
+    _batches.first_batch(data)
     grid = _Grid(loss_fn, chunk)
-    return places, _batches.run(grid, params, batches, (direction,), places[:, None])
+    return places, _batches.run(grid, params, data, (direction,), places[:, None])
 
 
 def plane(
@@ -255,6 +248,7 @@ def plane(
     where: Plane,
     batches: _batches.Batches = None,
     *,
+    weights: _batches.Weights = None,
     xs: Sequence[float] | jax.typing.ArrayLike,
     ys: Sequence[float] | jax.typing.ArrayLike,
     chunk: int | None = None,
@@ -268,7 +262,7 @@ def plane(
       loss_fn: loss or error; see `line`. Static.
       where: the plane: `plane_through(...)`, or `Plane(params, (u, v))` with two eigenvectors or
         two random directions.
-      batches: the data; see `line`.
+      batches, weights: the data; see `line`.
       xs: [n] coordinates in the first direction.
       ys: [m] coordinates in the second direction.
       chunk: how many points to evaluate at once; None: one. Static.
@@ -296,16 +290,17 @@ def plane(
     Notes:
       Cost: one loss over the data for each point. What overflows comes back as inf or NaN.
     """
+    data = _batches.weigh(batches, weights)
     columns, rows = jnp.asarray(xs, float), jnp.asarray(ys, float)
     for name, values in (("xs", columns), ("ys", rows)):
         if values.ndim != 1 or not values.size:
             raise ValueError(f"{name} has shape {values.shape}: it must be a list of numbers.")
     checks.check_count("chunk", chunk, 1)
-    _batches.first_batch(batches)
+    _batches.first_batch(data)
     grid = _Grid(loss_fn, chunk)
 
     def losses(points: jax.Array) -> jax.Array:
-        return _batches.run(grid, where.origin, batches, where.directions, points)
+        return _batches.run(grid, where.origin, data, where.directions, points)
 
     def row(y: jax.Array) -> jax.Array:
         return jnp.stack([columns, jnp.full_like(columns, y)], axis=1)

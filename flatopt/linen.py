@@ -13,7 +13,8 @@ from flax import linen as nn
 from flax import struct
 from flax.training import train_state
 
-from flatopt._averaging.batch_stats import average_batch_stats
+from flatopt._averaging.batch_stats import arguments_of, average_over
+from flatopt._core import batches as _batches
 from flatopt._core import tree_math
 from flatopt._core.eval_params import eval_params as _eval_params
 
@@ -99,6 +100,7 @@ def recompute_batch_stats(
     batches: Iterable[Any],
     *,
     sample_weighted: bool = True,
+    weights: _batches.Weights = None,
     **kwargs: Any,
 ) -> Any:
     r"""BatchNorm statistics that belong to given weights: their exact mean over given batches.
@@ -115,7 +117,9 @@ def recompute_batch_stats(
       batches: inputs, batch by batch: an array, or a tuple of positional arguments, whose first
         array has the examples along its first axis. One pass over the training set, as a rule.
       sample_weighted: True: each example counts the same. False: each batch does, as in PyTorch's
-        `update_bn`; then a short last batch weighs too much. Static.
+        `update_bn` (which, besides, stores the unbiased variance, n / (n - 1) times this one). What
+        counts examples is the first axis of the arrays in which it changes from batch to batch.
+      weights: one number a batch, in place of both.
       **kwargs: further arguments of `model.apply`: those with which it trains, such as `train=True`
         or `rngs={"dropout": key}`.
 
@@ -158,10 +162,8 @@ def recompute_batch_stats(
             **kwargs,
         )[1]["batch_stats"]
 
-    tuples = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
-    if not tuples:
-        raise ValueError("batches is empty: it must hold at least one batch.")
-    momenta = _momenta(lambda: apply(leaves, tuples[0]))
+    first, arguments = arguments_of(batches)
+    momenta = _momenta(lambda: apply(leaves, first))
     keep = {path: momenta[path[:-1]] for path in leaves if path[:-1] in momenta}
     # From zero, what a layer stores after one batch is (1 - momentum) times what it saw there.
     zeroed = leaves | {
@@ -174,8 +176,7 @@ def recompute_batch_stats(
         stored = flax.traverse_util.flatten_dict(apply(zeroed, args))
         return {path: stored[path] / (1 - momentum) for path, momentum in keep.items()}
 
-    sizes = [jax.tree.leaves(args)[0].shape[0] for args in tuples]
-    mean = average_batch_stats(map(measure, tuples), sizes if sample_weighted else None)
+    mean = average_over(measure, arguments, sample_weighted=sample_weighted, weights=weights)
     new = leaves | {path: mean[path].astype(leaves[path].dtype) for path in keep}
     result = flax.traverse_util.unflatten_dict(new)
     return flax.core.freeze(result) if isinstance(original, flax.core.FrozenDict) else result

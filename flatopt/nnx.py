@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from flatopt._averaging.batch_stats import average_batch_stats
+from flatopt._averaging.batch_stats import arguments_of, average_over
+from flatopt._core import batches as _batches
 from flatopt._core import grad_fn as _grad_fn
 from flatopt._core.eval_params import eval_params
 
@@ -166,7 +167,12 @@ def apply_eval_params(optimizer: nnx.Optimizer, model: Model) -> Model:
 
 
 def recompute_batch_stats(
-    model: Model, batches: Iterable[Any], *, sample_weighted: bool = True, **kwargs: Any
+    model: Model,
+    batches: Iterable[Any],
+    *,
+    sample_weighted: bool = True,
+    weights: _batches.Weights = None,
+    **kwargs: Any,
 ) -> Model:
     r"""A copy of a model with the BatchNorm statistics that belong to its weights.
 
@@ -181,7 +187,9 @@ def recompute_batch_stats(
       batches: inputs, batch by batch: an array, or a tuple of positional arguments, whose first
         array has the examples along its first axis. One pass over the training set, as a rule.
       sample_weighted: True: each example counts the same. False: each batch does, as in PyTorch's
-        `update_bn`; then a short last batch weighs too much. Static.
+        `update_bn` (which, besides, stores the unbiased variance, n / (n - 1) times this one). What
+        counts examples is the first axis of the arrays in which it changes from batch to batch.
+      weights: one number a batch, in place of both.
       **kwargs: further arguments of the model's call.
 
     Returns:
@@ -233,12 +241,13 @@ def recompute_batch_stats(
         stats = nnx.to_flat_state(nnx.state(one, nnx.BatchStat))
         return {path: stat[...] for path, stat in stats if path[:-1] in paths}
 
-    tuples = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
-    if not tuples:
-        raise ValueError("batches is empty: it must hold at least one batch.")
-    sizes = [jax.tree.leaves(args)[0].shape[0] for args in tuples]
-    stats = (measure(state, args) for args in tuples)
-    mean = average_batch_stats(stats, sizes if sample_weighted else None)
+    _, arguments = arguments_of(batches)
+    mean = average_over(
+        functools.partial(measure, state),
+        arguments,
+        sample_weighted=sample_weighted,
+        weights=weights,
+    )
     result = nnx.clone(model)
     for path, module in nnx.iter_modules(result):
         if isinstance(module, nnx.BatchNorm):

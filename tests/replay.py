@@ -342,3 +342,72 @@ def _stack(field: str, trees: list[Params]) -> dict[str, Array]:
     """The trees of successive steps as arrays `field/<parameter>` with the steps in front."""
     names = trees[0] if trees else {}
     return {f"{field}/{k}": np.stack([np.asarray(tree[k]) for tree in trees]) for k in names}
+
+
+def assert_sam_agrees(golden: Golden, tx: optax.GradientTransformation) -> None:
+    """Compares all; with radius 0 flatopt takes no second gradient, and the file's is at `w`."""
+    replayed = replay(golden, tx)
+    results = golden.results
+    if golden.hyper["rho"] == 0:
+        assert not any(key.startswith("pert/") for key in replayed)
+        replayed |= {f"pert/{name}": x[:-1] for name, x in golden.tree("traj").items()}
+    assert_agrees(results, replayed)
+
+
+def adamw_decaying_after(golden: Golden) -> optax.GradientTransformation:
+    """The AdamW of the Momentum-SAM authors, which decays after the step."""
+    hyper, rate = golden.hyper, golden.hyper["lr"]
+    adam = torch_optimizer(hyper | {"weight_decay": 0.0}, rate, "adam")
+    return optax.chain(adam, decay_after_step(rate, hyper["weight_decay"]))
+
+
+def replay_replicas(
+    golden: Golden, tx: optax.GradientTransformation, updates_per_step: int = 1
+) -> dict[str, Array]:
+    """Trains the recorded replicas along a leading axis; replica a of n sees batch `l n + a`.
+
+    Or, where several updates make a recorded step, batch `a L + l` in update l of L.
+    """
+    tx = optax.with_extra_args_support(tx)
+    loss_fn, batch = problem(golden)
+    start = {k: jnp.asarray(v[0]) for k, v in golden.tree("traj").items()}
+    number = len(next(iter(start.values())))
+    replicas = jnp.arange(number)
+
+    @compiled
+    def step(params: Any, opt_state: Any, t: Any) -> Any:
+        first: Any = None
+        for inner in range(updates_per_step):
+            grads = jax.vmap(
+                lambda p, a, inner=inner: jax.grad(loss_fn)(
+                    p, *batch(t, a * updates_per_step + inner)
+                )
+            )(params, replicas)
+            first = grads if first is None else first
+            updates, opt_state = tx.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+        return params, opt_state, first
+
+    params, opt_state, trajectory, gradients = start, tx.init(start), [start], []
+    for t in range(golden.steps):
+        params, opt_state, grads = step(params, opt_state, t)
+        trajectory.append(params)
+        gradients.append(grads)
+    result = {f"grad0/{k}": np.asarray(v[0]) for k, v in gradients[0].items()}
+    for name in params:
+        result[f"traj/{name}"] = np.stack([p[name] for p in trajectory])
+        centres = [flatopt.barycentre(p)[name] for p in trajectory]
+        result[f"master/{name}"] = np.stack(centres[1:])
+    # A replica has no weights to evaluate but its own.
+    return result | {k.replace("traj/", "eval/"): v for k, v in result.items() if "traj/" in k}
+
+
+def recorded_noise(golden: Golden) -> optax.GradientTransformation:
+    """The recorded draws, one a step."""
+    draws = {name: jnp.asarray(z) for name, z in golden.tree("z").items()}
+
+    def update(updates: Any, step: jax.Array, params: Any = None) -> tuple[Any, jax.Array]:
+        del updates, params
+        return {name: z[step] for name, z in draws.items()}, step + 1
+
+    return optax.GradientTransformation(lambda _: jnp.zeros([], jnp.int32), update)

@@ -48,9 +48,10 @@ CORE = [
 INSIDE = {
     "measures": [
         ["_variables", "_results"],
-        ["_basis", "_products"],
-        ["_lanczos", "_trace", "_sharpness", "_keskar", "_noise", "_gradients"],
-        ["_density", "_quantise", "_similarity", "_barrier", "_symmetry"],
+        ["_basis", "_operator"],
+        ["_lanczos", "_rises", "_trace", "_sharpness", "_keskar", "_gradients"],
+        ["_eigenvalues", "_density", "_local_energy", "_local_entropy", "_pac_bayes"],
+        ["_quantise", "_similarity", "_barrier", "_symmetry"],
         ["_geodesic"],
     ],
     "curves": [["_bases"], ["_points"], ["_training", "_evaluation"]],

@@ -271,7 +271,8 @@ def test_accelerators(rendered, monkeypatch):
     assert {"sgd", "sam", "sam, by hand"} <= set(rows)
     assert rows["sgd"]["flops over base"] == 1
     assert 1.5 < rows["sam"]["flops over base"] < 2.5
-    assert rows["sam"]["flops over base"] <= 1.02 * rows["sam, by hand"]["flops over base"]
+    # A norm's second look stands in a branch that is hardly ever taken, but counted.
+    assert rows["sam"]["flops over base"] <= 1.1 * rows["sam, by hand"]["flops over base"]
     assert "| sgd | 1.00 | 1.00 | 0.00 |" in table
 
 

@@ -5,20 +5,8 @@ import re
 
 import pytest
 
-from tests import (
-    golden_curves,
-    golden_entropy,
-    golden_sam,
-    golden_sam_family,
-)
-from tests.replay import FOLDER, OWN_FOLDER, Golden
+from tests.replay import FOLDER, OWN_FOLDER
 
-MOVING = (
-    golden_sam.ADAPTERS
-    | golden_sam_family.ADAPTERS
-    | golden_entropy.ADAPTERS
-    | golden_curves.ADAPTERS
-)
 TESTS = pathlib.Path(__file__).parent
 # Rows of the table "Not replayed" in the README of the recorded runs: `method` | why.
 NOT_REPLAYED = dict(
@@ -47,25 +35,10 @@ def test_the_folder_holds_files():
 @pytest.mark.golden
 @pytest.mark.parametrize("method", sorted(methods_in(FOLDER)))
 def test_a_recorded_method_is_replayed_or_the_readme_says_why_not(method: str):
-    replayed = method in methods_with_a_replay() | set(MOVING)
+    replayed = method in methods_with_a_replay()
     assert replayed or method in NOT_REPLAYED, f"no test replays {method}"
     assert not (replayed and method in NOT_REPLAYED), f"{method} is replayed: take it off the list"
 
 
 def test_a_replay_without_a_recorded_run_is_no_test():
     assert methods_with_a_replay() <= methods_in(OWN_FOLDER)
-
-
-@pytest.mark.golden
-@pytest.mark.parametrize(
-    "golden",
-    [
-        pytest.param(path, id=path.name)
-        for path in sorted(FOLDER.glob("*.npz"))
-        if path.name.split("__")[0] in MOVING
-        and not (FOLDER == OWN_FOLDER and "mlp_full" in path.name)
-    ],
-    indirect=True,
-)
-def test_replays(golden: Golden) -> None:
-    MOVING[golden.method](golden)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import flatopt
-from tests import measures_problem as problem
+from tests.measures import problem
 
 DATA = problem.flat_data(problem.batches(dtype=jnp.float32))
 GRAD_FN = flatopt.make_grad_fn(problem.loss_fn, DATA)

@@ -1,10 +1,12 @@
 """BatchNorm statistics for averaged weights (SWA, arXiv:1803.05407), whatever the framework."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 
+from flatopt._core import batches as _batches
 from flatopt._core import means
 
 
@@ -48,3 +50,29 @@ def average_batch_stats(
         total = total + weight
         mean = means.towards(mean, batch, weight / total)
     return jax.tree.map(lambda m, x: m.astype(x.dtype), mean, stats[0])
+
+
+def arguments_of(batches: Iterable[Any]) -> tuple[tuple[Any, ...], Iterator[tuple[Any, ...]]]:
+    """The positional arguments of the first batch, and an iterator over those of all."""
+    arguments = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
+    first = next(arguments, None)
+    if first is None:
+        raise ValueError("batches is empty: it must hold at least one batch.")
+    return first, itertools.chain([first], arguments)
+
+
+def average_over(
+    measure: Callable[[tuple[Any, ...]], Any],
+    arguments: Iterator[tuple[Any, ...]],
+    *,
+    sample_weighted: bool,
+    weights: _batches.Weights,
+) -> Any:
+    """The mean of `measure(arguments)` over the batches: one loop for every framework."""
+    if weights is not None:
+        weights = _batches.check_weights(weights)
+    elif not sample_weighted:
+        stats = list(map(measure, arguments))
+        return average_batch_stats(stats)
+    pairs = [(measure(args), w) for args, w in _batches.with_weights(arguments, weights)]
+    return average_batch_stats([stats for stats, _ in pairs], [weight for _, weight in pairs])

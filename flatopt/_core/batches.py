@@ -1,11 +1,14 @@
 """Means over batches: a scan over stacked arrays, or a Python loop over an iterable."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Protocol
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flatopt._core import tree_math
 
@@ -13,6 +16,7 @@ LossFn = Callable[..., jax.Array]
 # One of: None; a pytree of arrays with the batches on the leading axis; a list or another iterable
 # of batches; a function without arguments that returns an iterator.
 Batches = Any
+Weights = Sequence[float] | jax.Array | None  # One number a batch.
 Mean = Callable[..., Any]  # mean(function, *args): the mean of function(*args, batch).
 
 
@@ -28,24 +32,106 @@ class Function(Protocol, Hashable):
         ...
 
 
-def mean_over(batches: Batches, function: Function, *args: Any) -> Any:
-    """The mean of `function(*args, batch)` over the batches, in float32 at least.
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """`function(*args)`, with the batch last if there is one: `loss_fn(params, batch)`."""
 
-    Batches of an iterable count by the length of their leading axis, so that a shorter last batch
-    gives the mean over examples.
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        """Returns what the function returns."""
+        *rest, batch = args
+        return self.function(*rest, *batch)
+
+
+class Data(NamedTuple):
+    """Batches, and how much each counts.
+
+    Attributes:
+      batches: see `Batches`.
+      weights: one number a batch, an array. None: stacked batches count alike, and those that come
+        one by one count by the number of their examples.
     """
+
+    batches: Batches
+    weights: Any = None
+
+
+def weigh(batches: Batches, weights: Weights) -> Data:
+    """Puts the two together, and checks the weights."""
+    return Data(batches, None if weights is None else check_weights(weights))
+
+
+def check_weights(weights: Weights) -> Any:
+    """One number a batch, as an array; raises for anything else."""
+    if isinstance(weights, jax.core.Tracer):
+        return weights
+    array = np.asarray(weights, np.result_type(float))
+    if array.ndim != 1 or not (np.isfinite(array) & (array >= 0)).all() or not array.sum() > 0:
+        raise ValueError(
+            f"weights={weights!r} must be finite numbers >= 0, one a batch, and not all zero."
+        )
+    return array
+
+
+def mean_over(data: Data, function: Function, *args: Any) -> Any:
+    """The mean of `function(*args, batch)` over the batches, in float32 at least."""
+    batches, weights = data
     if batches is None:
         return _once(function, args, ())
     if not is_separate(batches):
-        return _scan(function, args, batches)
+        return _scan(function, args, batches, weights)
     total: Any = None
-    weight = 0
-    for batch in iterate(batches):
-        size = size_of(batch)
+    sum_of_weights = 0.0
+    for batch, weight in with_weights(iterate(batches), weights):
         value = _once(function, args, (batch,))
-        total = _add(total, value, size) if weight else _add(_zeros_like(value), value, size)
-        weight += size
-    return jax.tree.map(lambda x: x / weight, total)
+        total = _add(_zeros_like(value) if total is None else total, value, weight)
+        sum_of_weights += weight
+    return jax.tree.map(lambda x: x / sum_of_weights, total)
+
+
+def with_weights(batches: Iterator[Any], weights: Any) -> Iterator[tuple[Any, float]]:
+    """Pairs of a batch and what it counts: its own weight, or its share of the first's examples."""
+    if weights is not None:
+        missing: Any = object()
+        for batch, weight in itertools.zip_longest(batches, weights, fillvalue=missing):
+            if batch is missing or weight is missing:
+                raise ValueError(
+                    f"weights has {len(weights)} entries and batches has "
+                    f"{'fewer' if batch is missing else 'more'}: give one number a batch."
+                )
+            yield batch, weight
+        return
+    first: list[int | None] | None = None
+    for batch in batches:
+        lengths = _lengths(batch)
+        first = lengths if first is None else first
+        yield batch, _share(lengths, first)
+
+
+def _lengths(batch: Any) -> list[int | None]:
+    """The first axis of each leaf."""
+    return [jnp.shape(x)[0] if jnp.ndim(x) else None for x in jax.tree.leaves(batch)]
+
+
+def _share(lengths: list[int | None], first: list[int | None]) -> float:
+    """Number of examples of a batch, as a multiple of the first batch's.
+
+    Where the first axis changes from batch to batch, it counts examples: class weights, keys and
+    biases keep theirs.
+    """
+    if lengths == first:
+        return 1.0
+    pairs = set(itertools.zip_longest(lengths, first))
+    changed = {pair for pair in pairs if pair[0] != pair[1]}
+    own, other = next(iter(changed), (None, None))
+    if own is None or other is None or len(changed) != 1:
+        raise ValueError(
+            f"The number of examples of a batch cannot be told: the first axes of its arrays are "
+            f"{lengths}, and those of the first batch {first}. Pass weights=[...], one number a "
+            "batch."
+        )
+    return own / other
 
 
 def is_separate(batches: Batches) -> bool:
@@ -61,8 +147,9 @@ def iterate(batches: Batches) -> Iterator[Any]:
     return iter(batches() if callable(batches) else batches)
 
 
-def first_batch(batches: Batches) -> tuple[Any, ...]:
+def first_batch(data: Data) -> tuple[Any, ...]:
     """The shapes of one batch: what the loss takes after the parameters. Raises on empty data."""
+    batches, weights = data
     if batches is None:
         return ()
     if is_separate(batches):
@@ -92,6 +179,11 @@ def first_batch(batches: Batches) -> tuple[Any, ...]:
         raise ValueError(
             f"batches has arrays of shapes {shapes}: each needs the batches on its leading axis, "
             "the same number in all. For one batch (x, y) pass [(x, y)]."
+        )
+    if weights is not None and len(weights) != leaves[0].shape[0]:
+        raise ValueError(
+            f"weights has {len(weights)} entries and batches has {leaves[0].shape[0]}: give one "
+            "number a batch."
         )
     return (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches),)
 
@@ -146,17 +238,17 @@ class Algorithm(Protocol, Hashable):
         ...
 
 
-def run(algorithm: Algorithm, params: Any, batches: Batches, *inputs: Any) -> Any:
+def run(algorithm: Algorithm, params: Any, data: Data, *inputs: Any) -> Any:
     """Runs a measure as one compiled program, or step by step if only Python can read the data."""
-    if is_separate(batches):
-        mean = functools.partial(mean_over, batches)
+    if is_separate(data.batches):
+        mean = functools.partial(mean_over, data)
         return algorithm(mean, PythonLoops(), params, *inputs)
-    return _compiled(algorithm, params, batches, *inputs)
+    return _compiled(algorithm, params, data, *inputs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _compiled(algorithm: Algorithm, params: Any, batches: Batches, *inputs: Any) -> Any:
-    return algorithm(functools.partial(mean_over, batches), Loops(), params, *inputs)
+def _compiled(algorithm: Algorithm, params: Any, data: Data, *inputs: Any) -> Any:
+    return algorithm(functools.partial(mean_over, data), Loops(), params, *inputs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -165,21 +257,26 @@ def _once(function: Function, args: tuple[Any, ...], batch: tuple[Any, ...]) -> 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scan(function: Function, args: tuple[Any, ...], batches: Batches) -> Any:
+def _scan(function: Function, args: tuple[Any, ...], batches: Batches, weights: Any) -> Any:
     number = len(jax.tree.leaves(batches)[0])
     if number == 1:
         return function(*args, (jax.tree.map(lambda x: x[0], batches),))
 
-    def one(total: Any, batch: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(*args, (batch,))), None
+    def one(total: Any, row: tuple[Any, Any]) -> tuple[Any, None]:
+        batch, weight = row
+        value = function(*args, (batch,))
+        if weight is None:
+            return jax.tree.map(jnp.add, total, value), None
+        return _add(total, value, weight), None
 
     example = jax.eval_shape(
         lambda args, batches: function(*args, (jax.tree.map(lambda x: x[0], batches),)),
         args,
         batches,
     )
-    total, _ = jax.lax.scan(one, _zeros_like(example), batches)
-    return jax.tree.map(lambda x: x / number, total)
+    total, _ = jax.lax.scan(one, _zeros_like(example), (batches, weights))
+    divisor = number if weights is None else jnp.sum(weights)
+    return jax.tree.map(lambda x: (x / divisor).astype(x.dtype), total)
 
 
 @jax.jit
@@ -194,12 +291,6 @@ def _zeros_like(tree: Any) -> Any:
         ),
         tree,
     )
-
-
-def size_of(batch: Any) -> int:
-    """How much a batch counts: the number of its examples."""
-    leaves = jax.tree.leaves(batch)
-    return leaves[0].shape[0] if leaves and jnp.ndim(leaves[0]) else 1
 
 
 def _arrays(tree: Any) -> Any:

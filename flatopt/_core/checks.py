@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +10,6 @@ import optax
 
 from flatopt._core import tree_math
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 _CALL = "grad_fn = flatopt.make_grad_fn(loss_fn, batch)"
 
 
@@ -21,23 +20,42 @@ def check_number(
     high: float = math.inf,
     *,
     high_allowed: bool = True,
+    schedule_allowed: bool = True,
 ) -> None:
-    """Raises `ValueError` unless every entry of `value` is finite and in the range.
+    """Raises unless every entry of `value` is a finite number in the range.
 
     Schedules and tracers pass unchecked, so that `optax.inject_hyperparams` and `jax.vmap` over a
     hyperparameter work.
     """
-    if callable(value) or isinstance(value, jax.core.Tracer):
+    if isinstance(value, jax.core.Tracer) or (callable(value) and schedule_allowed):
         return
-    array = np.asarray(value, dtype=float)
+    bracket = "]" if high_allowed and math.isfinite(high) else ")"
+    allowed = f"a finite number in {'(' if math.isinf(low) else '['}{low:g}, {high:g}{bracket}"
+    allowed += ", or a schedule of the step count" if schedule_allowed else ""
+    if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array):
+        hint = ""
+        if isinstance(value, optax.GradientTransformation):
+            hint = " This is a transformation: is the order of the arguments right?"
+        elif callable(value):
+            hint = " A schedule is not taken here."
+        raise TypeError(f"{name}={value!r} must be {allowed}.{hint}")
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{name}={value!r} must be {allowed}, not of type {array.dtype}.")
+    array = array.astype(float)
     below = array <= high if high_allowed else array < high
     if not np.all(np.isfinite(array) & (array >= low) & below):
-        bracket = "]" if high_allowed and math.isfinite(high) else ")"
-        raise ValueError(
-            f"{name}={value!r} is out of range: it must be a finite number in "
-            f"{'(' if math.isinf(low) else '['}{low:g}, {high:g}{bracket}, or a schedule of the "
-            "step count."
+        raise ValueError(f"{name}={value!r} is out of range: it must be {allowed}.")
+
+
+def as_transformation(name: str, value: Any) -> optax.GradientTransformationExtraArgs:
+    """`value` with support for extra arguments; raises unless it is a transformation."""
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"{name}={value!r} must be an optax transformation, such as optax.sgd(0.1) for an "
+            "optimiser or flatopt.scale_to_norm(0.05) for a perturbation."
         )
+    return optax.with_extra_args_support(value)
 
 
 def check_count(name: str, value: int | None, low: int) -> None:
@@ -68,8 +86,10 @@ def require_params(name: str, params: Any) -> None:
         )
 
 
-def require_grad_fn(name: str, grad_fn: _Function | None, params: Any) -> _Function:
-    """Returns `grad_fn`; raises unless the caller handed it over, and all of the parameters."""
+def require_grad_fn(
+    name: str, grad_fn: Callable[..., Any] | None, params: Any
+) -> Callable[[Any, Any], Any]:
+    """Returns `grad_fn`, its results checked; raises unless it came, and all of the parameters."""
     require_params(name, params)
     if grad_fn is None:
         raise ValueError(
@@ -81,7 +101,34 @@ def require_grad_fn(name: str, grad_fn: _Function | None, params: Any) -> _Funct
     if not callable(grad_fn):
         raise TypeError(f"grad_fn={grad_fn!r} must be callable: grad_fn(params, i). Use `{_CALL}`.")
     require_whole_tree(name, params)
-    return grad_fn
+
+    def checked(point: Any, i: Any) -> Any:
+        grads = grad_fn(point, i)
+        _check_gradient(grads, point)
+        return grads
+
+    return checked
+
+
+def _check_gradient(grads: Any, params: Any) -> None:
+    """Raises unless `grads` is a tree like `params`; looks at shapes only, so it costs nothing."""
+    same = bool(jax.tree.structure(grads) == jax.tree.structure(params))  # type: ignore[operator]
+    if same and all(map(_same_shape, jax.tree.leaves(grads), jax.tree.leaves(params))):
+        return
+    what = "something else"
+    if isinstance(grads, tuple) and len(grads) == 2 and not same:
+        what = "a pair, such as (value, grads)"
+    elif jax.tree_util.all_leaves([grads]) and np.ndim(grads) == 0:
+        what = "a single number, such as the loss"
+    raise TypeError(
+        "grad_fn must return the gradient alone, a tree of the structure and shapes of `params`; "
+        f"it returns {what}: {jax.tree.map(np.shape, grads)} for {jax.tree.map(np.shape, params)}. "
+        f"Use `{_CALL}`."
+    )
+
+
+def _same_shape(x: Any, y: Any) -> bool:
+    return np.shape(x) == np.shape(y)
 
 
 def require_whole_tree(name: str, params: Any) -> None:

@@ -1,9 +1,11 @@
 """`eval_params`: the weights to evaluate, for any nest of methods."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import optax
+
+_Params = TypeVar("_Params")
 
 
 @runtime_checkable
@@ -21,14 +23,11 @@ class HoldsEvalParams(Protocol):
         ...
 
 
-def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
+def eval_params(opt_state: optax.OptState, params: _Params) -> _Params:
     """Returns the weights to evaluate: averages where there are any, centres instead of offsets.
 
-    Call it before every validation and before saving a model for use. It finds the outermost state
-    that holds evaluation weights (`swa`, `params_ema`, `msam`, ...) through `optax.chain`,
-    `named_chain`, `masked`, `partition`, `MultiSteps`, `inject_hyperparams` and `apply_if_finite`
-    states, then looks inside it: `msam(chain(sgd, swa))` gives the average of the centres. Nothing
-    is changed, and training goes on from `params`.
+    Finds the outermost state that holds evaluation weights through the states of optax's wrappers,
+    then looks inside it: `msam(chain(sgd, swa))` gives the average of the centres.
 
     Args:
       opt_state: state of any optax optimiser, with or without flatopt parts.
@@ -40,12 +39,11 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
 
     Raises:
       ValueError: if two states on one level each hold evaluation weights for the same leaf.
+      TypeError: if `opt_state` is no state of an optimiser.
 
     Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> import flatopt
-      >>> tx = optax.chain(optax.sgd(1.0), flatopt.swa())
-      >>> params = jnp.array(0.0)
+      >>> import jax.numpy as jnp, optax, flatopt
+      >>> tx, params = optax.chain(optax.sgd(1.0), flatopt.swa()), jnp.array(0.0)
       >>> opt_state = tx.init(params)
       >>> for grads in (jnp.array(-1.0), jnp.array(-2.0)):
       ...     updates, opt_state = tx.update(grads, opt_state, params)
@@ -53,11 +51,39 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
       >>> print(params, flatopt.eval_params(opt_state, params))
       3.0 2.0
 
-    Notes:
-      Costs no gradient. Pure: works under `jax.jit`; under `jax.vmap` over replicas, vmap it too.
+    Cost: 0 extra gradients; 0 copies. Pure; under `jax.vmap` over replicas, vmap it too.
     """
-    holders = [s for s in jax.tree.leaves(opt_state, is_leaf=_holds_params) if _holds_params(s)]
-    found = [_search(h, h.eval_params(params)) for h in holders]
+    _require_state(opt_state, params)
+    if isinstance(params, optax.LookaheadParams):  # Of `optax.lookahead`, whose slow weights count.
+        slow = eval_params(opt_state, params.slow)
+        return optax.LookaheadParams(fast=slow, slow=slow)
+    return _evaluate(opt_state, params)
+
+
+def holds_eval_params(opt_state: optax.OptState) -> bool:
+    """Says whether a state holds other weights to evaluate than the parameters in training.
+
+    Args:
+      opt_state: state of any optax optimiser.
+
+    Returns:
+      True if `eval_params` looks into it for averages, centres or slow weights, begun or not.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, flatopt
+      >>> for tx in (optax.sgd(0.1), optax.chain(optax.sgd(0.1), flatopt.swa())):
+      ...     print(flatopt.holds_eval_params(tx.init(jnp.zeros(2))))
+      False
+      True
+
+    Cost: 0 extra gradients; 0 copies.
+    """
+    return bool(_holders(opt_state))
+
+
+def _evaluate(opt_state: optax.OptState, params: Any) -> Any:
+    holders = _holders(opt_state)
+    found = [_search(holder, params) for holder in holders]
 
     def pick(own: jax.Array, *candidates: jax.Array) -> jax.Array:
         better = [c for c in candidates if c is not own]
@@ -74,12 +100,50 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
 
 
 def _search(holder: Any, params: optax.Params) -> optax.Params:
-    """One level deeper, from the weights that `holder` gives, unless it has looked there itself."""
+    """The weights that `holder` gives, and those inside it, unless it has looked there itself."""
+    if isinstance(holder, optax.contrib.ScheduleFreeState):
+        return optax.contrib.schedule_free_eval_params(holder, params)
+    params = holder.eval_params(params)
     if getattr(holder, "eval_params_is_complete", False):
         return params
-    return eval_params(tuple(holder), params)  # A tuple holds nothing itself.
+    return _evaluate(tuple(holder), params)  # A tuple holds nothing itself.
+
+
+def _holders(opt_state: optax.OptState) -> list[Any]:
+    leaves = jax.tree.leaves(opt_state, is_leaf=_holds_params)
+    return [state for state in leaves if _holds_params(state)]
 
 
 def _holds_params(state: Any) -> bool:
-    """Whether `state` has the method by which a state offers evaluation weights."""
-    return isinstance(state, tuple) and isinstance(state, HoldsEvalParams)
+    """Whether `state` offers evaluation weights: by the method, or as optax's schedule-free one."""
+    known = HoldsEvalParams | optax.contrib.ScheduleFreeState
+    return isinstance(state, tuple) and isinstance(state, known)
+
+
+def _require_state(opt_state: Any, params: Any) -> None:
+    """Raises for what is no state: nothing, parameters, or a state that came back as plain data."""
+    if opt_state is None:
+        raise TypeError(
+            "opt_state is None: call `flatopt.eval_params(opt_state, params)` with the optimiser's "
+            "state, `tx.init(params)` or what `tx.update` returned."
+        )
+    if _holders(params):
+        raise TypeError(
+            "params holds the state of an optimiser: the order of the arguments is "
+            "`flatopt.eval_params(opt_state, params)`."
+        )
+    plain = type(opt_state) in (dict, list) and not _holds_named_tuple(opt_state)
+    if plain and jax.tree.leaves(opt_state):
+        raise TypeError(
+            "opt_state consists of plain dicts and lists, so that nothing tells which weights to "
+            "evaluate. A checkpoint restored without a template looks like this: restore it into "
+            "`tx.init(params)`, with `flax.serialization.from_state_dict(tx.init(params), "
+            "opt_state)` or with that state as the template of Orbax."
+        )
+
+
+def _holds_named_tuple(tree: Any) -> bool:
+    def is_named(node: Any) -> bool:
+        return isinstance(node, tuple) and hasattr(node, "_fields")
+
+    return any(map(is_named, jax.tree.leaves(tree, is_leaf=is_named)))

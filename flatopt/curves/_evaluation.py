@@ -25,20 +25,11 @@ class _Evaluate:
         def at(position: jax.Array) -> jax.Array:
             network = point(params, position, self.basis)
             if self.statistics_fn is None:
-                return mean(_Loss(self.loss_fn), network)
-            statistics = mean(_Loss(self.statistics_fn), network)
-            return mean(_Loss(self.loss_fn), network, statistics)
+                return mean(_batches.Call(self.loss_fn), network)
+            statistics = mean(_batches.Call(self.statistics_fn), network)
+            return mean(_batches.Call(self.loss_fn), network, statistics)
 
         return loops.map(at, positions)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Loss:
-    function: Callable[..., Any]
-
-    def __call__(self, *args: Any) -> Any:
-        *rest, batch = args
-        return self.function(*rest, *batch)
 
 
 def evaluate(
@@ -46,6 +37,7 @@ def evaluate(
     controls: optax.Params,
     batches: _batches.Batches = None,
     *,
+    weights: _batches.Weights = None,
     positions: jax.typing.ArrayLike | None = None,
     basis: Basis = bezier,
     statistics_fn: Callable[..., Any] | None = None,
@@ -56,9 +48,8 @@ def evaluate(
       loss_fn: loss or error, `loss_fn(params, batch)`, or `loss_fn(params, statistics, batch)` with
         `statistics_fn`. Static.
       controls: tree with the control points on a leading axis.
-      batches: the data: a pytree of arrays with the batches on the leading axis, gone through by
-        `lax.scan`; or a list or another iterable of batches, or a function that returns an
-        iterator; or None.
+      batches, weights: the data and what each batch counts; see
+        `flatopt.measures.hessian_vector_product`.
       positions: [n] in [0, 1]; None: 25 from 0 to 1.
       basis: `bezier`, `polychain` or another. Static.
       statistics_fn: `statistics_fn(params, batch)` to a tree of means over the batch, such as those
@@ -87,9 +78,10 @@ def evaluate(
       Cost: one loss over the data for each position, two with `statistics_fn`. The barrier of the
       result is `flatopt.measures.barrier_height(positions, losses)`.
     """
+    data = _batches.weigh(batches, weights)
     places = jnp.linspace(0.0, 1.0, 25) if positions is None else jnp.asarray(positions, float)
     if places.ndim != 1 or not places.size:
         raise ValueError(f"positions has shape {places.shape}: it must be a list of numbers.")
-    _batches.first_batch(batches)
+    _batches.first_batch(data)
     algorithm = _Evaluate(loss_fn, basis, statistics_fn)
-    return places, _batches.run(algorithm, controls, batches, places)
+    return places, _batches.run(algorithm, controls, data, places)

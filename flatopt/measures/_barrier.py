@@ -90,11 +90,11 @@ class Profile:
         positions: jax.Array,
     ) -> jax.Array:
         """Returns the loss at each position."""
-        function = _variables.Loss(self.loss_fn, self.variables)
 
         def at(position: jax.Array) -> jax.Array:
             place = self.path(params, other, position)
-            return mean(function, place, self.variables.take(place))
+            place = self.variables.put(place, self.variables.take(place))
+            return mean(_batches.Call(self.loss_fn), place)
 
         return loops.map(at, positions)
 
@@ -114,18 +114,18 @@ def profile(
     loss_fn: _batches.LossFn,
     params: Any,
     other_params: Any,
-    batches: _batches.Batches,
+    data: _batches.Data,
     num_points: int,
     path: Any,
 ) -> Barrier:
     """Checks the arguments, and takes the losses along `path` and their barrier."""
     checks.check_count("num_points", num_points, 2)
     _variables.check_alike("other_params", other_params, params)
-    variables = _variables.prepare(loss_fn, params, batches, None)
-    _variables.prepare(loss_fn, other_params, batches, None)
+    variables = _variables.prepare(loss_fn, params, data, None)
+    _variables.prepare(loss_fn, other_params, data, None)
     positions = jnp.linspace(0.0, 1.0, num_points)
     algorithm = Profile(loss_fn, variables, path)
-    losses = _batches.run(algorithm, params, batches, other_params, positions)
+    losses = _batches.run(algorithm, params, data, other_params, positions)
     return Barrier(barrier_height(positions, losses), positions, losses)
 
 
@@ -135,6 +135,7 @@ def linear_barrier(
     other_params: optax.Params,
     batches: _batches.Batches = None,
     *,
+    weights: _batches.Weights = None,
     num_points: int = 25,
 ) -> Barrier:
     r"""The rise of the loss, or of the error, on the straight line between two networks.
@@ -146,7 +147,7 @@ def linear_barrier(
         Static.
       params: the first network.
       other_params: the second network.
-      batches: the data; see `hessian_vector_product`.
+      batches, weights: the data; see `hessian_vector_product`.
       num_points: equally spaced points of the line, >= 2, ends included. Static.
 
     Returns:
@@ -174,4 +175,5 @@ def linear_barrier(
       permutation of their units too: align them first, with `align_units`. BatchNorm statistics on
       the line are neither end's: recompute them in `loss_fn`, or the barrier is theirs.
     """
-    return profile(loss_fn, params, other_params, batches, num_points, straight)
+    data = _batches.weigh(batches, weights)
+    return profile(loss_fn, params, other_params, data, num_points, straight)

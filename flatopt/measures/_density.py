@@ -9,8 +9,8 @@ import optax
 
 from flatopt._core import batches as _batches
 from flatopt._core import checks, rng
-from flatopt.measures import _basis, _lanczos, _products
-from flatopt.measures._products import GaussNewtonProduct, HessianProduct
+from flatopt.measures import _basis, _lanczos, _operator
+from flatopt.measures._operator import Operator
 from flatopt.measures._variables import Mask, dimension
 
 # Half-width of the grid beyond the outermost nodes, in standard deviations of the smoothing.
@@ -40,7 +40,7 @@ class SpectralDensity(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Density:
-    product: HessianProduct | GaussNewtonProduct
+    operator: Operator
     num_probes: int
     num_steps: int
     grid_size: int
@@ -49,13 +49,13 @@ class _Density:
     def __call__(
         self, mean: _batches.Mean, loops: _batches.Loops, params: Any, key: jax.Array
     ) -> SpectralDensity:
-        point = self.product.variables.take(params)
+        point, multiply = self.operator.at(mean, params)
         probe_key, step_key = jax.random.split(key)
         probes = self._probes(probe_key, point)
 
         def one(start: Any) -> tuple[jax.Array, jax.Array]:
             process = _lanczos.explore(
-                lambda vector: mean(self.product, params, point, vector),
+                multiply,
                 start,
                 self.num_steps,
                 step_key,
@@ -64,7 +64,7 @@ class _Density:
             pairs = _lanczos.ritz(process)
             # After NaN the process stops early: then nothing of it is a spectrum.
             known = jnp.where(process.size == self.num_steps, 1.0, jnp.nan)
-            return pairs.values * known, pairs.rotation[0] ** 2 * known
+            return process.scale * pairs.values * known, pairs.rotation[0] ** 2 * known
 
         nodes, weights = loops.map(one, probes)
         return self._smooth(nodes, weights)
@@ -79,7 +79,8 @@ class _Density:
     def _smooth(self, nodes: jax.Array, weights: jax.Array) -> SpectralDensity:
         low, high = jnp.min(nodes), jnp.max(nodes)
         span = high - low
-        narrow = 0.01 * span + 1e-3 * jnp.maximum(jnp.abs(high), jnp.abs(low)) + _basis.TINY
+        narrow = 0.01 * span + 1e-3 * jnp.maximum(jnp.abs(high), jnp.abs(low))
+        narrow = jnp.where(narrow == 0, _basis.TINY, narrow)  # All eigenvalues are zero.
         width = narrow if self.width is None else jnp.asarray(self.width, nodes.dtype)
         margin = _MARGIN * width
         grid = low - margin + (span + 2 * margin) * jnp.linspace(0.0, 1.0, self.grid_size)
@@ -100,12 +101,13 @@ def spectral_density(
     params: optax.Params,
     batches: _batches.Batches = None,
     *,
+    weights: _batches.Weights = None,
     num_probes: int | None = None,
     num_steps: int | None = None,
     grid_size: int = 512,
     width: float | None = None,
     key: jax.typing.ArrayLike = 0,
-    output_loss: _products.OutputLoss | None = None,
+    output_loss: _operator.OutputLoss | None = None,
     mask: Mask = None,
 ) -> SpectralDensity:
     r"""The density of the Hessian's eigenvalues, by stochastic Lanczos quadrature.
@@ -119,7 +121,7 @@ def spectral_density(
     Args:
       loss_fn: scalar loss, or, with `output_loss`, the model; see `top_eigenvalues`. Static.
       params: where to take the Hessian.
-      batches: the data; see `hessian_vector_product`.
+      batches, weights: the data; see `hessian_vector_product`.
       num_probes: p, number of random probes, in [1, number of parameters]; None means 8 or that
         number if it is less. As many probes as parameters, with as many steps, make the moments
         exact. Static.
@@ -159,8 +161,9 @@ def spectral_density(
       Cost: `num_probes * num_steps` Hessian-vector products. Memory: `num_steps + num_probes`
       copies of the varied parameters. The probes are orthonormal, which lowers the variance.
     """
-    product = _products.prepare(loss_fn, params, batches, mask, output_loss)
-    size = dimension(product.variables.take(params))
+    data = _batches.weigh(batches, weights)
+    operator = _operator.make(loss_fn, params, data, mask, output_loss)
+    size = dimension(operator.variables.take(params))
     probes = min(8, size) if num_probes is None else num_probes
     steps = min(64, size) if num_steps is None else num_steps
     _basis.check_at_most_dimension("num_probes", probes, size)
@@ -168,5 +171,5 @@ def spectral_density(
     checks.check_count("grid_size", grid_size, 2)
     if width is not None and not width > 0:
         raise ValueError(f"width={width!r} is out of range: it must be above 0.")
-    algorithm = _Density(product, probes, steps, grid_size, width)
-    return _batches.run(algorithm, params, batches, rng.as_key(key))
+    algorithm = _Density(operator, probes, steps, grid_size, width)
+    return _batches.run(algorithm, params, data, rng.as_key(key))

@@ -46,7 +46,7 @@ def geodesic(
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> from flatopt import _batches, measures
+      >>> from flatopt import measures
       >>> def network(a, b):
       ...     return {"a": {"kernel": jnp.array(a)[:, None]}, "b": {"kernel": jnp.array([[b]])}}
       >>> first, second = network([1.0, 0.0], 2.0), network([0.0, 1.0], 4.0)
@@ -64,10 +64,13 @@ def geodesic(
     _variables.check_alike("other_params", other_params, params)
     ours, theirs = _symmetry.by_path(params), _symmetry.by_path(other_params)
     result = dict(ours)
-    inside = set()
+    inside: set[str] = set()
     t = jnp.asarray(position)
-    for group in units:
-        _symmetry.check_slots(ours, group)
+    for group in _symmetry.check_units(ours, units):
+        if inside & {path for path, _ in group.incoming}:
+            raise ValueError(
+                "units names one leaf as incoming of two sets: it turns on one sphere only."
+            )
         inside |= {path for path, _ in group.incoming}
         first_weight, second_weight = _arc(
             _sum(group.incoming, ours, ours),
@@ -133,6 +136,7 @@ def geodesic_barrier(
     other_params: optax.Params,
     batches: _batches.Batches = None,
     *,
+    weights: _batches.Weights = None,
     units: Sequence[Units],
     num_points: int = 25,
 ) -> Barrier:
@@ -145,7 +149,7 @@ def geodesic_barrier(
         Static.
       params: the first network.
       other_params: the second network.
-      batches: the data; see `hessian_vector_product`.
+      batches, weights: the data; see `hessian_vector_product`.
       units: the hidden units: `chain_units(params)`. Static.
       num_points: points of the path, >= 2, ends included. Static.
 
@@ -178,5 +182,6 @@ def geodesic_barrier(
       Cost: `num_points` losses over the data. Rescale (`rescale_units`) and align (`align_units`)
       both networks first.
     """
+    data = _batches.weigh(batches, weights)
     path = _Path(tuple(units))
-    return _barrier.profile(loss_fn, params, other_params, batches, num_points, path)
+    return _barrier.profile(loss_fn, params, other_params, data, num_points, path)

@@ -31,6 +31,7 @@ def gradient_norm(
     params: optax.Params,
     batches: _batches.Batches = None,
     *,
+    weights: _batches.Weights = None,
     mask: Mask = None,
 ) -> jax.Array:
     r"""The Euclidean norm of the gradient over all data.
@@ -41,7 +42,7 @@ def gradient_norm(
       loss_fn: scalar loss, `loss_fn(params, batch)`; `loss_fn(params)` if `batches` is None.
         Static.
       params: where to measure.
-      batches: the data; see `hessian_vector_product`.
+      batches, weights: the data; see `hessian_vector_product`.
       mask: which leaves to count; see `hessian_vector_product`. Static.
 
     Returns:
@@ -64,8 +65,9 @@ def gradient_norm(
     Notes:
       Cost: one gradient over the data. Times rho it is SAM's sharpness to first order.
     """
-    variables = _variables.prepare(loss_fn, params, batches, mask)
-    return _batches.run(_GradientNorm(loss_fn, variables), params, batches)
+    data = _batches.weigh(batches, weights)
+    variables = _variables.prepare(loss_fn, params, data, mask)
+    return _batches.run(_GradientNorm(loss_fn, variables), params, data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +124,7 @@ def fisher_trace(
     params: optax.Params,
     batches: _batches.Batches,
     *,
+    weights: _batches.Weights = None,
     labels: Callable[..., jax.Array] | None = None,
     num_samples: int = 8,
     key: jax.typing.ArrayLike = 0,
@@ -138,7 +141,7 @@ def fisher_trace(
       model_fn: the logits, `model_fn(params, batch)`, [examples, classes], each from its own
         example alone: no batch statistics. Static.
       params: where to measure.
-      batches: the data, batches of arrays with the examples on the leading axis; see
+      batches, weights: the data, batches of arrays with the examples on the leading axis; see
         `hessian_vector_product`.
       labels: None: draw labels from the model itself. A function from a batch to its labels: the
         empirical Fisher matrix, another thing, which vanishes where the data are fitted. Static.
@@ -170,13 +173,14 @@ def fisher_trace(
     Notes:
       Cost: a gradient for each example and draw; memory: a gradient for each example of one batch.
     """
+    data = _batches.weigh(batches, weights)
     checks.check_count("num_samples", num_samples, 1)
-    variables = _variables.prepare(model_fn, params, batches, mask, model=True)
+    variables = _variables.prepare(model_fn, params, data, mask, model=True)
     if batches is None:
         raise ValueError("fisher_trace needs batches: it takes a gradient for each example.")
     function = _FisherBatch(model_fn, variables, labels)
     algorithm = _FisherTrace(function, 1 if labels is not None else num_samples)
-    result = _results.estimate(_batches.run(algorithm, params, batches, rng.as_key(key)))
+    result = _results.estimate(_batches.run(algorithm, params, data, rng.as_key(key)))
     if labels is None:
         return result
     return Estimate(result.value, jnp.zeros_like(result.value))

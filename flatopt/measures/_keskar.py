@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
 from flatopt._core import batches as _batches
@@ -79,6 +78,7 @@ def keskar_sharpness(
     params: optax.Params,
     batches: _batches.Batches = None,
     *,
+    weights: _batches.Weights = None,
     epsilon: float = 1e-3,
     method: str = "l-bfgs-b",
     num_steps: int = 10,
@@ -93,7 +93,7 @@ def keskar_sharpness(
       loss_fn: scalar loss, `loss_fn(params, batch)`; `loss_fn(params)` if `batches` is None.
         Static.
       params: where to measure.
-      batches: the data; see `hessian_vector_product`.
+      batches, weights: the data; see `hessian_vector_product`.
       epsilon: half the width of the box, >= 0, relative to `|w_i| + 1`. The authors use 1e-3 and
         5e-4. Static.
       method: "l-bfgs-b": SciPy's optimiser in float64; cannot run under `jax.jit`. "projected":
@@ -126,39 +126,42 @@ def keskar_sharpness(
       Cost: `num_steps` + 2 gradients over the data, for "l-bfgs-b" up to a few times that in its
       line searches. This is the full-space variant (the authors' A is the identity).
     """
+    data = _batches.weigh(batches, weights)
     checks.check_number("epsilon", epsilon, low=0.0)
     checks.check_count("num_steps", num_steps, 1)
     if method not in METHODS:
         raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}.")
-    variables = _variables.prepare(loss_fn, params, batches, mask)
+    variables = _variables.prepare(loss_fn, params, data, mask)
     random_key = rng.as_key(key)
     if method == "projected":
         ascent = _ProjectedAscent(loss_fn, variables, num_steps)
-        return _batches.run(ascent, params, batches, jnp.asarray(epsilon), random_key)
+        return _batches.run(ascent, params, data, jnp.asarray(epsilon), random_key)
     inputs = jax.tree.leaves((params, epsilon, random_key))
     if any(isinstance(x, jax.core.Tracer) for x in inputs):
         raise ValueError(
             'method="l-bfgs-b" is SciPy\'s and cannot run under jax.jit or jax.vmap: call '
             'keskar_sharpness outside, or use method="projected".'
         )
-    return _with_scipy(loss_fn, variables, params, batches, epsilon, num_steps, random_key)
+    return _with_scipy(loss_fn, variables, params, data, epsilon, num_steps, random_key)
 
 
 def _with_scipy(
     loss_fn: _batches.LossFn,
     variables: Variables,
     params: Any,
-    batches: _batches.Batches,
+    data: _batches.Data,
     epsilon: float,
     num_steps: int,
     key: jax.Array,
 ) -> jax.Array:
+    import scipy.optimize  # Here, since it doubles the time that `import flatopt` takes.
+
     point = variables.take(params)
     flat, unravel = ravel_pytree(point)
     centre = np.asarray(flat, np.float64)
     half = epsilon * (np.abs(centre) + 1)
     gradient = functools.partial(
-        _batches.mean_over, batches, _variables.Gradient(loss_fn, variables), params
+        _batches.mean_over, data, _variables.Gradient(loss_fn, variables), params
     )
 
     def negative(z: np.ndarray) -> tuple[float, np.ndarray]:

@@ -1,6 +1,5 @@
-"""Largest eigenvalues by the Lanczos process with full re-orthogonalisation."""
+"""The Lanczos process with full re-orthogonalisation."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,32 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._core import batches as _batches
-from flatopt._core import checks, rng, tree_math
-from flatopt.measures import _basis, _products
+from flatopt._core import tree_math
+from flatopt.measures import _basis
 from flatopt.measures._basis import TINY
-from flatopt.measures._products import GaussNewtonProduct, HessianProduct
-from flatopt.measures._variables import Mask, Vector, dimension
-
-WHICH = ("largest", "smallest", "magnitude")
-
-
-class Eigenvalues(NamedTuple):
-    """Result of `top_eigenvalues`.
-
-    Attributes:
-      values: [k], in the order asked for.
-      vectors: tree like the parameters with a leading axis of length k: unit eigenvectors, zero
-        outside the mask.
-      residuals: [k], length of `H v - value v` as the Lanczos process gives it.
-      converged: [k] bools: the residual is within the tolerance. False for NaN.
-      num_products: number of products with the matrix that were taken.
-    """
-
-    values: jax.Array
-    vectors: optax.Params
-    residuals: jax.Array
-    converged: jax.Array
-    num_products: jax.Array
+from flatopt.measures._operator import power_of_two
+from flatopt.measures._variables import Vector
 
 
 class Process(NamedTuple):
@@ -45,16 +23,18 @@ class Process(NamedTuple):
       diagonal: diagonal of the tridiagonal matrix.
       beside: entries beside the diagonal; the last is the coupling to what was not explored.
       size: int32 scalar.
+      scale: power of two in whose units the entries are, by the first product.
     """
 
     basis: Vector
     diagonal: jax.Array
     beside: jax.Array
     size: jax.Array
+    scale: jax.Array
 
 
 class Ritz(NamedTuple):
-    """Eigenpairs of the tridiagonal matrix; of those not `valid` nothing is known yet."""
+    """Eigenpairs of the tridiagonal matrix in units of `scale`; those not `valid` are unknown."""
 
     values: jax.Array
     rotation: jax.Array
@@ -66,13 +46,15 @@ def begin(start: Vector, num_steps: int) -> Process:
     """A process that starts from the unit vector `start`."""
     basis = _basis.set_row(_basis.zeros(start, num_steps), 0, start)
     zeros = jnp.zeros(num_steps, tree_math.scalar_dtype(start))
-    return Process(basis, zeros, zeros, jnp.zeros([], jnp.int32))
+    return Process(basis, zeros, zeros, jnp.zeros([], jnp.int32), jnp.ones([], zeros.dtype))
 
 
 @jax.jit
 def advance(process: Process, product: Vector, key: jax.Array) -> Process:
     """The process after one more step; `product` is the matrix times the newest vector."""
-    basis, diagonal, beside, i = process
+    basis, diagonal, beside, i, scale = process
+    scale = jnp.where(i == 0, power_of_two(product).astype(scale.dtype), scale)
+    product = tree_math.scale(1 / scale, product)
     rest = _basis.extend(basis, product, jax.random.fold_in(key, i))
     diagonal = diagonal.at[i].set(rest.coefficients[i])
     beside = beside.at[i].set(rest.length)
@@ -82,13 +64,13 @@ def advance(process: Process, product: Vector, key: jax.Array) -> Process:
     kept = _basis.row(basis, following)
     newest = optax.tree.where(i < last, rest.unit, kept)
     basis = _basis.set_row(basis, following, newest)
-    return Process(basis, diagonal, beside, i + 1)
+    return Process(basis, diagonal, beside, i + 1, scale)
 
 
 @jax.jit
 def ritz(process: Process) -> Ritz:
     """Eigenpairs of the tridiagonal matrix of the steps so far."""
-    _, diagonal, beside, size = process
+    _, diagonal, beside, size, _ = process
     steps = jnp.arange(len(diagonal))
     bound = jnp.max(jnp.abs(diagonal)) + 2 * jnp.max(beside)
     # What is not there yet gets one eigenvalue beyond all others, by which it is recognised.
@@ -121,133 +103,3 @@ def explore(
         return advance(process, multiply(newest), key)
 
     return loops.run_while(going_on, body, begin(start, num_steps))
-
-
-@dataclasses.dataclass(frozen=True)
-class _TopEigenvalues:
-    product: HessianProduct | GaussNewtonProduct
-    k: int
-    num_steps: int
-    tolerance: float
-    which: str
-    size: int
-
-    def __call__(
-        self, mean: _batches.Mean, loops: _batches.Loops, params: Any, key: jax.Array
-    ) -> Eigenvalues:
-        variables = self.product.variables
-        point = variables.take(params)
-        start = _basis.random_unit(jax.random.fold_in(key, 0), point)
-        process = explore(
-            lambda vector: mean(self.product, params, point, vector),
-            start,
-            self.num_steps,
-            jax.random.fold_in(key, 1),
-            loops,
-            self._finished,
-        )
-        pairs, chosen, converged = self._choose(process)
-        rotation = jnp.where(
-            jnp.arange(self.num_steps)[:, None] < process.size, pairs.rotation[:, chosen], 0.0
-        )
-        vectors = jax.lax.map(lambda c: _basis.combine(c, process.basis), rotation.T)
-        found = pairs.valid[chosen] & jnp.all(jnp.isfinite(process.diagonal))
-        return Eigenvalues(
-            values=jnp.where(found, pairs.values[chosen], jnp.nan),
-            vectors=variables.spread(params, vectors, self.k),
-            residuals=jnp.where(found, pairs.residuals[chosen], jnp.nan),
-            converged=converged,
-            num_products=process.size,
-        )
-
-    def _finished(self, process: Process) -> jax.Array:
-        return jnp.all(self._choose(process)[2])
-
-    def _choose(self, process: Process) -> tuple[Ritz, jax.Array, jax.Array]:
-        """The eigenpairs, the indices of those asked for, and whether these have converged."""
-        pairs = ritz(process)
-        rank = {
-            "largest": pairs.values,
-            "smallest": -pairs.values,
-            "magnitude": jnp.abs(pairs.values),
-        }[self.which]
-        _, chosen = jax.lax.top_k(jnp.where(pairs.valid, rank, -jnp.inf), self.k)
-        scale = jnp.max(jnp.where(pairs.valid, jnp.abs(pairs.values), 0.0))
-        within = pairs.residuals[chosen] <= self.tolerance * scale
-        # In an exhausted space every eigenpair is exact, whatever rounding has left.
-        exhausted = process.size >= self.size
-        return pairs, chosen, pairs.valid[chosen] & (within | exhausted) & (process.size > 0)
-
-
-def top_eigenvalues(
-    loss_fn: _batches.LossFn,
-    params: optax.Params,
-    batches: _batches.Batches = None,
-    *,
-    k: int = 1,
-    key: jax.typing.ArrayLike = 0,
-    num_steps: int | None = None,
-    tolerance: float = 1e-3,
-    which: str = "largest",
-    output_loss: _products.OutputLoss | None = None,
-    mask: Mask = None,
-) -> Eigenvalues:
-    r"""The k largest eigenvalues of the Hessian, with eigenvectors and residuals.
-
-    .. math:: H v_i = \lambda_i v_i, \qquad \lambda_1 \ge \lambda_2 \ge \dots \ge \lambda_k
-
-    Args:
-      loss_fn: scalar loss, `loss_fn(params, batch)`; `loss_fn(params)` if `batches` is None. With
-        `output_loss` the model, `model_fn(params, batch)`. Static.
-      params: where to take the Hessian.
-      batches: the data; see `hessian_vector_product`.
-      k: number of eigenvalues, in [1, number of parameters]. Static.
-      key: random key or integer seed for the start vector.
-      num_steps: most products to take, >= k; None means 4 k + 40, or the number of parameters if
-        that is less. Static.
-      tolerance: an eigenpair has converged when its residual is at most `tolerance` times the
-        largest eigenvalue in absolute value; >= 0. The error of the eigenvalue itself is at most
-        the residual, and usually of the order of its square. Static.
-      which: "largest", "smallest" (most negative first), or "magnitude". Static.
-      output_loss: None for the Hessian; else the matrix is the Gauss-Newton matrix of that loss of
-        the model's outputs: see `gauss_newton_vector_product`. Static.
-      mask: which leaves to vary; see `hessian_vector_product`. Static.
-
-    Returns:
-      `Eigenvalues`. Look at `converged`: what has not converged is returned all the same. NaN in
-      the loss or its derivatives gives NaN, not converged.
-
-    Raises:
-      ValueError: if `k` exceeds the number of parameters, another argument is out of range, the
-        loss is no scalar, not finite outside `jax.jit`, or fails on a batch, or there are no data.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from flatopt import measures
-      >>> def loss_fn(w):
-      ...     return 0.5 * jnp.sum(jnp.array([3.0, 1.0, -2.0]) * w**2)
-      >>> result = measures.top_eigenvalues(loss_fn, jnp.ones(3), k=2)
-      >>> print(result.values, result.converged)
-      [3. 1.] [ True  True]
-
-    References:
-      Lanczos. An Iteration Method for the Solution of the Eigenvalue Problem of Linear Differential
-      and Integral Operators. 1950. Golub, Van Loan. Matrix Computations, section 10.3.
-
-    Notes:
-      Cost: up to `num_steps` Hessian-vector products; it stops when all k have converged, which
-      takes 20 to 60 for the outlying eigenvalues of a classifier. Memory: `num_steps` copies of
-      the varied parameters. An eigenvalue of multiplicity above one may be found once only, unless
-      `num_steps` is the number of parameters and `tolerance` is 0. Accuracy is that of the
-      parameters' dtype: for eigenvalues to eight digits pass float64 parameters.
-    """
-    product = _products.prepare(loss_fn, params, batches, mask, output_loss)
-    size = dimension(product.variables.take(params))
-    _basis.check_at_most_dimension("k", k, size)
-    checks.check_count("num_steps", num_steps, k)
-    checks.check_number("tolerance", tolerance, low=0.0)
-    if which not in WHICH:
-        raise ValueError(f"which={which!r} must be one of {', '.join(WHICH)}.")
-    steps = min(size, 4 * k + 40 if num_steps is None else num_steps)
-    algorithm = _TopEigenvalues(product, k, steps, float(tolerance), which, size)
-    return _batches.run(algorithm, params, batches, rng.as_key(key))

@@ -84,10 +84,10 @@ class _Gap:
 
     def __call__(self, mean: _batches.Mean, loops: _batches.Loops, params: Any) -> jax.Array:
         del loops
-        function = _variables.Loss(self.loss_fn, self.variables)
         mask = jax.tree.unflatten(jax.tree.structure(params), self.variables.flags)
         rounded = quantise(params, self.bits, per_channel=self.per_channel, mask=mask)
-        before, after = (mean(function, params, self.variables.take(p)) for p in (params, rounded))
+        points = (self.variables.put(p, self.variables.take(p)) for p in (params, rounded))
+        before, after = (mean(_batches.Call(self.loss_fn), point) for point in points)
         return after - before
 
 
@@ -96,6 +96,7 @@ def quantisation_gap(
     params: optax.Params,
     batches: _batches.Batches = None,
     *,
+    weights: _batches.Weights = None,
     bits: int = 8,
     per_channel: bool = True,
     mask: Mask = None,
@@ -108,7 +109,7 @@ def quantisation_gap(
       loss_fn: loss or error, `loss_fn(params, batch)`; `loss_fn(params)` if `batches` is None.
         Static.
       params: where to measure.
-      batches: the data; see `hessian_vector_product`.
+      batches, weights: the data; see `hessian_vector_product`.
       bits: in [2, 16]; 8 and 4 are usual. Static.
       per_channel: one grid for each output unit, or for each leaf; see `quantise`. Static.
       mask: which leaves to round; None: those with two axes or more. Static.
@@ -136,6 +137,7 @@ def quantisation_gap(
       Cost: two losses over the data. A flat minimum loses little: to second order the gap is the
       Hessian's quadratic form in the rounding error.
     """
+    data = _batches.weigh(batches, weights)
     _check_bits(bits)
-    variables = _variables.prepare(loss_fn, params, batches, _kernels if mask is None else mask)
-    return _batches.run(_Gap(loss_fn, variables, bits, per_channel), params, batches)
+    variables = _variables.prepare(loss_fn, params, data, _kernels if mask is None else mask)
+    return _batches.run(_Gap(loss_fn, variables, bits, per_channel), params, data)

@@ -29,10 +29,10 @@ class _Ascent:
     loss_fn: _batches.LossFn
     variables: Variables
     num_steps: int
-    norm: str
-    adaptive: bool
     random_start: bool
     per_batch: bool
+    norm: str = "l2"
+    adaptive: bool = False
 
     def __call__(
         self,
@@ -119,8 +119,10 @@ class _Average:
         eta: jax.Array,
         key: jax.Array,
     ) -> jax.Array:
-        function = _variables.Loss(self.loss_fn, self.variables)
         point = self.variables.take(params)
+
+        def loss_at(vector: Vector) -> jax.Array:
+            return mean(_batches.Call(self.loss_fn), self.variables.put(params, vector))
 
         def rise(sample_key: jax.Array) -> jax.Array:
             if self.norm == "l2":
@@ -134,10 +136,10 @@ class _Average:
             moved = jax.tree.map(
                 lambda w, z: w + (rho * (jnp.abs(w) + eta) * z).astype(w.dtype), point, z
             )
-            return mean(function, params, moved)
+            return loss_at(moved)
 
         losses = loops.map(rise, jax.random.split(key, self.num_samples))
-        return losses - mean(function, params, point)
+        return losses - loss_at(point)
 
 
 def sam_sharpness(
@@ -145,6 +147,7 @@ def sam_sharpness(
     params: optax.Params,
     batches: _batches.Batches = None,
     *,
+    weights: _batches.Weights = None,
     rho: jax.typing.ArrayLike = 0.05,
     num_steps: int = 1,
     key: jax.typing.ArrayLike | None = None,
@@ -164,7 +167,7 @@ def sam_sharpness(
       loss_fn: scalar loss, `loss_fn(params, batch)`; `loss_fn(params)` if `batches` is None.
         Static.
       params: where to measure.
-      batches: the data; see `hessian_vector_product`.
+      batches, weights: the data; see `hessian_vector_product`.
       rho: radius, >= 0, in units of the parameters' Euclidean norm.
       num_steps: n >= 1. Static.
       key: None: the first step follows the gradient. A random key or seed: it goes in a random
@@ -197,12 +200,15 @@ def sam_sharpness(
       Cost: `num_steps` + 1 gradients over the data. At a minimum, for small rho and many steps, the
       result is half rho squared times the largest eigenvalue of the Hessian.
     """
+    data = _batches.weigh(batches, weights)
     checks.check_number("rho", rho, low=0.0)
     checks.check_count("num_steps", num_steps, 1)
-    variables = _variables.prepare(loss_fn, params, batches, mask)
-    ascent = _Ascent(loss_fn, variables, num_steps, "l2", False, key is not None, per_batch)
+    variables = _variables.prepare(loss_fn, params, data, mask)
+    ascent = _Ascent(
+        loss_fn, variables, num_steps, random_start=key is not None, per_batch=per_batch
+    )
     random_key = rng.as_key(0 if key is None else key)
-    return _batches.run(ascent, params, batches, jnp.asarray(rho), jnp.zeros([]), random_key)
+    return _batches.run(ascent, params, data, jnp.asarray(rho), jnp.zeros([]), random_key)
 
 
 def adaptive_sharpness(
@@ -210,6 +216,7 @@ def adaptive_sharpness(
     params: optax.Params,
     batches: _batches.Batches = None,
     *,
+    weights: _batches.Weights = None,
     rho: jax.typing.ArrayLike = 0.5,
     norm: str = "l2",
     case: str = "worst",
@@ -232,7 +239,7 @@ def adaptive_sharpness(
       loss_fn: scalar loss, `loss_fn(params, batch)`; `loss_fn(params)` if `batches` is None.
         Static.
       params: where to measure.
-      batches: the data; see `hessian_vector_product`.
+      batches, weights: the data; see `hessian_vector_product`.
       rho: radius, >= 0, as a share of each weight for "linf" and of the whole for "l2".
       norm: "l2" or "linf"; in the average case standard normal draws or uniform ones in [-1, 1].
         Static.
@@ -272,6 +279,7 @@ def adaptive_sharpness(
       Cost: `num_steps` + 1 gradients, or `num_samples` + 1 losses over the data. The second
       reference finds that none of these predicts generalisation reliably.
     """
+    data = _batches.weigh(batches, weights)
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} must be one of {', '.join(NORMS)}.")
     if case not in CASES:
@@ -280,12 +288,20 @@ def adaptive_sharpness(
     checks.check_number("eta", eta, low=0.0)
     checks.check_count("num_steps", num_steps, 1)
     checks.check_count("num_samples", num_samples, 1)
-    variables = _variables.prepare(loss_fn, params, batches, mask)
+    variables = _variables.prepare(loss_fn, params, data, mask)
     random_key = rng.as_key(0 if key is None else key)
     inputs = (jnp.asarray(rho), jnp.asarray(eta), random_key)
     if case == "average":
         average = _Average(loss_fn, variables, num_samples, norm)
-        return _results.estimate(_batches.run(average, params, batches, *inputs))
-    ascent = _Ascent(loss_fn, variables, num_steps, norm, True, key is not None, per_batch)
-    value = _batches.run(ascent, params, batches, *inputs)
+        return _results.estimate(_batches.run(average, params, data, *inputs))
+    ascent = _Ascent(
+        loss_fn,
+        variables,
+        num_steps,
+        random_start=key is not None,
+        per_batch=per_batch,
+        norm=norm,
+        adaptive=True,
+    )
+    value = _batches.run(ascent, params, data, *inputs)
     return Estimate(value, jnp.zeros_like(value))

@@ -64,6 +64,7 @@ def cka(
     other_params: optax.Params,
     batches: _batches.Batches,
     *,
+    weights: _batches.Weights = None,
     other_features_fn: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
     r"""Linear centred kernel alignment of the features of two networks, over minibatches.
@@ -78,7 +79,7 @@ def cka(
       features_fn: the features, `features_fn(params, batch)`, [examples, ...]. Static.
       params: the first network.
       other_params: the second network.
-      batches: the data, batches of at least four examples; see `hessian_vector_product`.
+      batches, weights: the data, batches of at least four examples; see `hessian_vector_product`.
       other_features_fn: features of the second network; None: `features_fn`. Static.
 
     Returns:
@@ -108,9 +109,10 @@ def cka(
       Cost: one forward pass of each network, and the square of the batch size times the number of
       features. Memory: one batch.
     """
+    data = _batches.weigh(batches, weights)
     other_fn = features_fn if other_features_fn is None else other_features_fn
     shapes = [
-        _variables.check_evaluates(f, p, batches)
+        _variables.check_evaluates(f, p, data)
         for f, p in ((features_fn, params), (other_fn, other_params))
     ]
     sizes = [shape.shape[0] if shape.shape else 0 for shape in shapes]
@@ -119,7 +121,7 @@ def cka(
             f"The networks give features of {sizes[0]} and {sizes[1]} examples a batch: cka needs "
             f"as many of both, and at least {FEWEST}."
         )
-    return _batches.run(_Cka(_Dependences(features_fn, other_fn)), params, batches, other_params)
+    return _batches.run(_Cka(_Dependences(features_fn, other_fn)), params, data, other_params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +154,7 @@ def prediction_disagreement(
     other_params: optax.Params,
     batches: _batches.Batches,
     *,
+    weights: _batches.Weights = None,
     other_model_fn: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
     r"""The share of examples that two networks classify differently.
@@ -162,7 +165,7 @@ def prediction_disagreement(
       model_fn: the outputs, `model_fn(params, batch)`, [examples, classes]. Static.
       params: the first network.
       other_params: the second network.
-      batches: the data; see `hessian_vector_product`.
+      batches, weights: the data; see `hessian_vector_product`.
       other_model_fn: outputs of the second network; None: `model_fn`. Static.
 
     Returns:
@@ -187,9 +190,10 @@ def prediction_disagreement(
     Notes:
       Cost: one forward pass of each network.
     """
+    data = _batches.weigh(batches, weights)
     other_fn = model_fn if other_model_fn is None else other_model_fn
     shapes = [
-        _variables.check_evaluates(f, p, batches).shape
+        _variables.check_evaluates(f, p, data).shape
         for f, p in ((model_fn, params), (other_fn, other_params))
     ]
     if shapes[0] != shapes[1] or not shapes[0]:
@@ -198,4 +202,4 @@ def prediction_disagreement(
             "[examples, classes]."
         )
     function = _Differs(model_fn, other_fn)
-    return _batches.run(_Disagreement(function), params, batches, other_params)
+    return _batches.run(_Disagreement(function), params, data, other_params)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.optimize
 
 from flatopt._core import checks
 from flatopt.measures import _variables
@@ -133,8 +132,9 @@ def rescale_units(params: optax.Params, units: Sequence[Units]) -> optax.Params:
       units whose activation is homogeneous of degree 1. Costs nothing.
     """
     leaves = by_path(params)
-    for group in units:
-        check_slots(leaves, group)
+    checked = check_units(leaves, units)
+    _refuse_tied(checked)
+    for group in checked:
         squares = sum(sum_others(leaves[path] ** 2, axis) for path, axis in group.incoming)
         length = jnp.sqrt(squares)
         scale = jnp.where(length > 0, length, 1.0)
@@ -192,37 +192,68 @@ def align_units(
     checks.check_count("max_sweeps", max_sweeps, 1)
     _variables.check_alike("other_params", other_params, params)
     first, second = by_path(params), by_path(other_params)
-    for group in units:
-        check_slots(first, group)
+    checked = check_units(first, units)
     if any(isinstance(x, jax.core.Tracer) for x in [*first.values(), *second.values()]):
         raise ValueError("align_units cannot run under jax.jit: the assignment is SciPy's.")
     ours = {path: np.asarray(x, np.float64) for path, x in first.items()}
     theirs = {path: np.asarray(x, np.float64) for path, x in second.items()}
     if not all(np.isfinite(x).all() for x in [*ours.values(), *theirs.values()]):
         raise ValueError("A weight is NaN or infinite: such networks cannot be aligned.")
-    permutations = [np.arange(_size(ours, group)) for group in units]
+    permutations = [np.arange(_size(ours, group)) for group in checked]
     sweeps = 0
     changed = True
     while changed and sweeps < max_sweeps:
         changed = False
-        for number, group in enumerate(units):
-            slots = group.incoming + group.outgoing
-            likeness = sum(_rows(ours[p], axis) @ _rows(theirs[p], axis).T for p, axis in slots)
-            _, best = scipy.optimize.linear_sum_assignment(likeness, maximize=True)
-            places = np.arange(len(best))
-            gain = likeness[places, best].sum() - np.trace(likeness)
-            if gain > 1e-12 * np.abs(likeness).sum():
+        for number, group in enumerate(checked):
+            best = _match(ours, theirs, group)
+            if best is not None:
                 changed = True
                 permutations[number] = permutations[number][best]
-                for path, axis in slots:
-                    theirs[path] = np.take(theirs[path], best, axis)
+                theirs |= _permuted(theirs, group, best)
         sweeps += 1
     aligned = dict(second)
-    for group, permutation in zip(units, permutations, strict=True):
-        for path, axis in group.incoming + group.outgoing:
-            aligned[path] = jnp.take(aligned[path], permutation, axis)
+    for group, permutation in zip(checked, permutations, strict=True):
+        aligned |= _permuted(aligned, group, permutation)
     tree = jax.tree.unflatten(jax.tree.structure(other_params), list(aligned.values()))
     return Alignment(tree, tuple(permutations), sweeps)
+
+
+def _match(ours: dict[str, Any], theirs: dict[str, Any], group: Units) -> np.ndarray | None:
+    """The permutation of their units that makes them most like ours; None if nothing is gained."""
+    from scipy.optimize import linear_sum_assignment  # Here, since it is slow to import.
+
+    slots = dict.fromkeys(group.incoming + group.outgoing)  # Tied weights have one slot for both.
+    likeness = sum(_rows(ours[p], axis) @ _rows(theirs[p], axis).T for p, axis in slots)
+    _, best = linear_sum_assignment(likeness, maximize=True)
+    # Of all axes at once: where one array has two of them, the assignment looks at each alone.
+    moved = _permuted(theirs, group, best)
+    gain = sum(np.sum(ours[path] * (x - theirs[path])) for path, x in moved.items())
+    return best if gain > 1e-12 * np.abs(likeness).sum() else None
+
+
+def _permuted(leaves: dict[str, Any], group: Units, permutation: np.ndarray) -> dict[str, Any]:
+    """The leaves of one set of units, each slot permuted once."""
+    moved: dict[str, Any] = {}
+    for path, axis in dict.fromkeys(group.incoming + group.outgoing):
+        x = moved.get(path, leaves[path])
+        take = np.take if isinstance(x, np.ndarray) else jnp.take
+        moved[path] = take(x, permutation, axis)
+    return moved
+
+
+def _refuse_tied(units: Sequence[Units]) -> None:
+    """Raises where one array would be both divided and multiplied, or divided twice."""
+    incoming: set[str] = set()
+    for group in units:
+        own = {path for path, _ in group.incoming}
+        tied = (own & {path for path, _ in group.outgoing}) | (own & incoming)
+        if tied:
+            raise ValueError(
+                f"{min(tied)!r} is tied: it leads to hidden units and away from them, or to two "
+                "sets of them, so no rescaling leaves the network as it is. Rescale before tying, "
+                "or leave these units out."
+            )
+        incoming |= own
 
 
 def by_path(params: Any) -> dict[str, Any]:
@@ -236,7 +267,27 @@ def _natural(path: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
-def check_slots(leaves: dict[str, Any], group: Units) -> None:
+def check_units(leaves: dict[str, Any], units: Sequence[Units]) -> list[Units]:
+    """The sets of units with each slot once and axes counted from the front; raises for misfits."""
+    checked: list[Units] = []
+    taken: set[Slot] = set()
+    for group in units:
+        _check_slots(leaves, group)
+        ways = ([(p, axis % leaves[p].ndim) for p, axis in slots] for slots in group)
+        unique = Units(*(tuple(dict.fromkeys(slots)) for slots in ways))
+        again = taken & set(unique.incoming + unique.outgoing)
+        if again:
+            path, axis = min(again)
+            raise ValueError(
+                f"units names axis {axis} of {path!r} in two sets: weights that are tied belong to "
+                "one set of units, with all their slots."
+            )
+        taken |= set(unique.incoming + unique.outgoing)
+        checked.append(unique)
+    return checked
+
+
+def _check_slots(leaves: dict[str, Any], group: Units) -> None:
     sizes = {}
     for path, axis in group.incoming + group.outgoing:
         if path not in leaves:

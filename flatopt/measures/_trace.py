@@ -9,8 +9,8 @@ import optax
 
 from flatopt._core import batches as _batches
 from flatopt._core import checks, rng, tree_math
-from flatopt.measures import _basis, _products, _results
-from flatopt.measures._products import GaussNewtonProduct, HessianProduct
+from flatopt.measures import _basis, _operator, _results
+from flatopt.measures._operator import Operator, power_of_two
 from flatopt.measures._variables import Mask, Vector, dimension
 
 # Fewest products that give a value, and products that come in one go.
@@ -35,7 +35,7 @@ class Trace(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Trace:
-    product: HessianProduct | GaussNewtonProduct
+    operator: Operator
     method: str
     num_draws: int
 
@@ -43,17 +43,17 @@ class _Trace:
         self, mean: _batches.Mean, loops: _batches.Loops, params: Any, key: jax.Array
     ) -> jax.Array:
         """Returns the samples."""
-        point = self.product.variables.take(params)
+        point, product = self.operator.at(mean, params)
 
         def multiply(vectors: Vector) -> Vector:
-            return loops.map(lambda v: mean(self.product, params, point, v), vectors)
+            return loops.map(product, vectors)
 
         keys = jax.random.split(key, 3)
         if self.method == "hutchinson":
             # One probe after another: no more than one is in memory.
             def one(probe_key: jax.Array) -> jax.Array:
                 probe = _signs(probe_key, point)
-                return tree_math.vdot(probe, mean(self.product, params, point, probe))
+                return tree_math.vdot(probe, product(probe))
 
             return loops.map(one, jax.random.split(keys[0], self.num_draws))
         if self.method == "hutch++":
@@ -63,6 +63,7 @@ class _Trace:
     def _hutch_plus_plus(self, multiply: Any, point: Vector, keys: jax.Array) -> jax.Array:
         """Exact in the range of a sketch, Hutchinson's estimate in the rest."""
         sketch = multiply(self._draw(_signs, keys[0], point))
+        sketch = tree_math.scale(1 / power_of_two(sketch), sketch)
         basis, _ = _basis.orthonormalise(sketch, keys[1])
         inside = _row_products(basis, multiply(basis))
         outside = jax.lax.map(lambda g: _outside(basis, g), self._draw(_signs, keys[2], point))
@@ -74,8 +75,10 @@ class _Trace:
         probes = self._draw(_basis.random_normal, keys[0], point)
         # On the sphere of radius sqrt(n): then the length of what is left can be divided out.
         probes = jax.vmap(lambda v: tree_math.scale(size**0.5 / tree_math.norm(v), v))(probes)
-        basis, triangle = _basis.orthonormalise(multiply(probes), keys[1])
-        products = multiply(basis)
+        sketch = multiply(probes)
+        unit = power_of_two(sketch)
+        basis, triangle = _basis.orthonormalise(tree_math.scale(1 / unit, sketch), keys[1])
+        products = tree_math.scale(1 / unit, multiply(basis))
         inner = _basis.gram(basis, products)  # Q^T H Q
         inner = (inner + inner.T) / 2
         w = _basis.gram(basis, probes)  # Q^T Omega: one column a probe
@@ -98,7 +101,7 @@ class _Trace:
         )
         left = size - jnp.sum(x**2, axis=0)
         scale = (size - self.num_draws + 1) / jnp.maximum(left, _basis.TINY)
-        return jnp.trace(inner) - jnp.sum(s * (inner @ s), axis=0) + scale * quadratic
+        return unit * (jnp.trace(inner) - jnp.sum(s * (inner @ s), axis=0) + scale * quadratic)
 
     def _draw(self, one: Any, key: jax.Array, point: Vector) -> Vector:
         return jax.lax.map(lambda k: one(k, point), jax.random.split(key, self.num_draws))
@@ -128,10 +131,11 @@ def trace(
     params: optax.Params,
     batches: _batches.Batches = None,
     *,
+    weights: _batches.Weights = None,
     num_products: int = 30,
     method: str = "hutchinson",
     key: jax.typing.ArrayLike = 0,
-    output_loss: _products.OutputLoss | None = None,
+    output_loss: _operator.OutputLoss | None = None,
     mask: Mask = None,
 ) -> Trace:
     r"""The trace of the Hessian: the sum of its eigenvalues, a measure of average flatness.
@@ -141,7 +145,7 @@ def trace(
     Args:
       loss_fn: scalar loss, or, with `output_loss`, the model; see `top_eigenvalues`. Static.
       params: where to take the Hessian.
-      batches: the data; see `hessian_vector_product`.
+      batches, weights: the data; see `hessian_vector_product`.
       num_products: Hessian-vector products to spend; rounded down to a multiple of 3 for "hutch++"
         and of 2 for "xtrace". Static.
       method: "hutchinson": random signs, the error falls with the root of `num_products`.
@@ -182,17 +186,18 @@ def trace(
       Cost: `num_products` Hessian-vector products. Divide by the number of parameters for the mean
       eigenvalue.
     """
+    data = _batches.weigh(batches, weights)
     if method not in _METHODS:
         raise ValueError(f"method={method!r} must be one of {', '.join(_METHODS)}.")
     each = _METHODS[method]
     checks.check_count("num_products", num_products, each)
-    product = _products.prepare(loss_fn, params, batches, mask, output_loss)
+    operator = _operator.make(loss_fn, params, data, mask, output_loss)
     draws = num_products // each
-    size = dimension(product.variables.take(params))
+    size = dimension(operator.variables.take(params))
     if method != "hutchinson" and draws > size:
         raise ValueError(
             f"num_products={num_products} is out of range for {method}: {each * size} products "
             f"are exact for {size} parameters."
         )
-    samples = _batches.run(_Trace(product, method, draws), params, batches, rng.as_key(key))
+    samples = _batches.run(_Trace(operator, method, draws), params, data, rng.as_key(key))
     return Trace(*_results.estimate(samples), samples, draws * each)

@@ -73,6 +73,8 @@ def select(params: Any, mask: Mask = None) -> Variables:
     flags = tuple(flag and jnp.issubdtype(dtype, jnp.inexact) for dtype, flag in chosen)
     if not any(flags):
         raise ValueError("There is nothing to vary: no floating-point leaf of params is chosen.")
+    if not dimension(Variables(flags).take(params)):
+        raise ValueError("There is nothing to vary: the chosen leaves of params have no entries.")
     if any(
         f and jnp.issubdtype(d, jnp.complexfloating) for d, f in zip(dtypes, flags, strict=True)
     ):
@@ -81,18 +83,6 @@ def select(params: Any, mask: Mask = None) -> Variables:
             "and imaginary parts, or leave them out with mask."
         )
     return Variables(flags)
-
-
-@dataclasses.dataclass(frozen=True)
-class Loss:
-    """The loss on one batch, as a function of the varied leaves."""
-
-    loss_fn: _batches.LossFn
-    variables: Variables
-
-    def __call__(self, params: Any, vector: Vector, batch: tuple[Any, ...]) -> jax.Array:
-        """Returns the loss where the varied leaves are `vector`."""
-        return self.loss_fn(self.variables.put(params, vector), *batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +96,17 @@ class Gradient:
         self, params: Any, vector: Vector, batch: tuple[Any, ...]
     ) -> tuple[jax.Array, Vector]:
         """Returns them where the varied leaves are `vector`."""
-        loss = Loss(self.loss_fn, self.variables)
-        return jax.value_and_grad(lambda v: loss(params, v, batch))(vector)
+
+        def loss(vector: Vector) -> jax.Array:
+            return self.loss_fn(self.variables.put(params, vector), *batch)
+
+        return jax.value_and_grad(loss)(vector)
 
 
 def prepare(
     loss_fn: _batches.LossFn,
     params: optax.Params,
-    batches: _batches.Batches,
+    data: _batches.Data,
     mask: Mask,
     *,
     model: bool = False,
@@ -125,7 +118,7 @@ def prepare(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn={loss_fn!r} must be callable as loss_fn(params, batch).")
     variables = select(params, mask)
-    shape = check_evaluates(loss_fn, params, batches)
+    shape = check_evaluates(loss_fn, params, data)
     if model:
         return variables
     leaves = jax.tree.leaves(shape)
@@ -136,8 +129,8 @@ def prepare(
             "batch, and drop auxiliary output."
         )
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
-        loss = Loss(loss_fn, variables)
-        value = _batches.mean_over(batches, loss, params, variables.take(params))
+        point = variables.put(params, variables.take(params))
+        value = _batches.mean_over(data, _batches.Call(loss_fn), point)
         if not isinstance(value, jax.core.Tracer) and not jnp.isfinite(value):
             raise ValueError(
                 f"loss_fn is {value} at params: nothing can be measured there. Look for a run that "
@@ -146,11 +139,9 @@ def prepare(
     return variables
 
 
-def check_evaluates(
-    function: Callable[..., Any], params: optax.Params, batches: _batches.Batches
-) -> Any:
+def check_evaluates(function: Callable[..., Any], params: optax.Params, data: _batches.Data) -> Any:
     """The shapes that `function` returns on one batch; one clear error if it returns none."""
-    batch = _batches.first_batch(batches)
+    batch = _batches.first_batch(data)
     try:
         return jax.eval_shape(function, params, *batch)
     except (TypeError, ValueError, IndexError, KeyError) as error:
@@ -158,7 +149,8 @@ def check_evaluates(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"loss_fn(params, batch) fails on one batch, arrays of shapes {shapes}: {reason} "
-            "(Stacked data have the batches on the leading axis; for one batch pass [batch].)"
+            "(Stacked data have the batches on the leading axis; for one batch pass [batch]. A "
+            "batch is handed over whole: for loss_fn(params, x, y) write a function of (x, y).)"
         ) from error
 
 

@@ -5,8 +5,7 @@ import optax
 
 import flatopt
 from tests import cases
-from tests.golden_sam import assert_sam_agrees
-from tests.replay import Golden, replays, torch_optimizer
+from tests.replay import Golden, assert_sam_agrees, replays, torch_optimizer
 
 
 @replays("wasam")

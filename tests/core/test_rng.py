@@ -51,3 +51,19 @@ def test_many_small_leaves_are_drawn_in_few_sweeps():
     tree = [jnp.zeros([8])] * 320
     text = str(jax.make_jaxpr(rng.normal_like)(KEY, tree))
     assert 0 < text.count("erf_inv") <= 320 // tree_math.JOINED_NUMBER
+
+
+@pytest.mark.parametrize("generator", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_a_stream_draws_with_the_generator_of_its_key(generator: str):
+    stream = rng.Stream(jax.random.key(3, impl=generator))
+    data = stream.init()
+    assert data.dtype == jnp.uint32
+    keep, use = stream.split(data)
+    assert jax.random.key_impl(use) == generator
+    assert keep.shape == data.shape
+
+
+@pytest.mark.parametrize("bad", ["seed", 0.5, jnp.zeros(2)])
+def test_what_is_no_key_is_refused_by_name(bad):
+    with pytest.raises(ValueError, match=r"key=.* must be an int seed, a key from jax.random.key"):
+        rng.Stream(bad)

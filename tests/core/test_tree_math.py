@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flatopt
@@ -79,3 +81,41 @@ def test_small_leaves_share_their_sums():
 
     text = jax.jit(displaced).lower(leaves).as_text()
     assert 0 < text.count("stablehlo.reduce(") <= 2 * 320 // tree_math.JOINED_NUMBER
+
+
+@given(exponent=st.floats(-30, 30), seed=st.integers(0, 2**16))
+@settings(deadline=None, max_examples=40)
+def test_norms_of_any_scale_that_float32_holds(exponent: float, seed: int):
+    x = np.random.default_rng(seed).normal(size=7) * 10.0**exponent
+    x = x.astype(np.float32)
+    expected = np.linalg.norm(x.astype(np.float64))
+    assert float(tree_math.norm(jnp.asarray(x))) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-12, 1.0, 1e10, 1e17])
+def test_ordinary_norms_keep_every_bit(scale: float):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=1000) * scale, jnp.float32)
+    assert float(tree_math.norm(x)) == float(jnp.sqrt(tree_math.vdot(x, x)))
+
+
+@pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
+def test_a_norm_hides_nothing(bad: float):
+    assert not jnp.isfinite(tree_math.norm(jnp.array([1.0, bad])))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e19, 1e25, 1e30])
+def test_the_ascent_has_its_length_whatever_the_scale_of_the_gradient(scale: float):
+    w, grads = jnp.array([1.0, 1.0]), jnp.array([3.0, 4.0]) * scale
+    for perturbation in (flatopt.scale_to_norm(0.1), flatopt.scale_to_adaptive_norm(0.1)):
+        displacement, _ = perturbation.update(grads, perturbation.init(w), w)
+        assert float(jnp.linalg.norm(displacement)) == pytest.approx(0.1, rel=1e-5)
+
+
+def test_norms_on_a_mesh_gather_no_leaf():
+    """Small leaves are joined before they are summed, but not those that lie on several devices."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    leaves = [jax.device_put(jnp.ones((64, 8)), sharding) for _ in range(5)]
+    text = jax.jit(tree_math.norm).lower(leaves).compile().as_text()
+    assert "all-gather" not in text
+    assert "all-reduce" in text

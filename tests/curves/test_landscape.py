@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from flatopt import landscape, measures, plots
-from tests import measures_problem as problem
+from tests.measures import problem
 
 
 def test_directions_are_filter_normalised():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flatopt import measures
-from tests import measures_problem as problem
+from tests.measures import problem
 
 PARAMS, DATA = problem.params(dtype=jnp.float32), problem.batches(dtype=jnp.float32)
 # Every measure of one network under a loss, as `measure(loss_fn, params, batches)`.

@@ -1,6 +1,7 @@
-"""Products of the Hessian and of the Gauss-Newton matrix with vectors."""
+"""The Hessian and the Gauss-Newton matrix, as what they do to a vector."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,39 +18,33 @@ CLOSED_FORMS = ("softmax_cross_entropy", "squared_error")
 
 
 @dataclasses.dataclass(frozen=True)
-class HessianProduct:
-    """Hessian of the loss on one batch, times a vector."""
+class Operator:
+    """The Hessian of a loss, or with `output_loss` the Gauss-Newton matrix of a model.
 
-    loss_fn: _batches.LossFn
+    It acts on the varied leaves, is linear in the vector, and a mean over the batches.
+    """
+
+    function: Callable[..., jax.Array]
     variables: Variables
+    output_loss: OutputLoss | None = None
+
+    def at(self, mean: _batches.Mean, params: Any) -> tuple[Vector, Callable[[Vector], Vector]]:
+        """The varied leaves, and the product with a vector like them over all batches."""
+        point = self.variables.take(params)
+        return point, lambda vector: mean(self, params, point, vector)
 
     def __call__(
         self, params: Any, point: Vector, vector: Vector, batch: tuple[Any, ...]
     ) -> Vector:
-        """Returns the product."""
-        loss = _variables.Loss(self.loss_fn, self.variables)
-        gradient = jax.grad(lambda v: loss(params, v, batch))
-        return jax.jvp(gradient, (point,), (vector,))[1]
+        """The product on one batch."""
 
+        def function(leaves: Vector) -> jax.Array:
+            return self.function(self.variables.put(params, leaves), *batch)
 
-@dataclasses.dataclass(frozen=True)
-class GaussNewtonProduct:
-    """Gauss-Newton matrix on one batch, times a vector."""
-
-    model_fn: Callable[..., jax.Array]
-    variables: Variables
-    output_loss: OutputLoss
-
-    def __call__(
-        self, params: Any, point: Vector, vector: Vector, batch: tuple[Any, ...]
-    ) -> Vector:
-        """Returns the product."""
-
-        def model(leaves: Vector) -> jax.Array:
-            return self.model_fn(self.variables.put(params, leaves), *batch)
-
-        outputs, tangent = jax.jvp(model, (point,), (vector,))
-        _, pull_back = jax.vjp(model, point)
+        if self.output_loss is None:
+            return jax.jvp(jax.grad(function), (point,), (vector,))[1]
+        outputs, tangent = jax.jvp(function, (point,), (vector,))
+        _, pull_back = jax.vjp(function, point)
         return pull_back(self._output_product(outputs, tangent, batch))[0]
 
     def _output_product(
@@ -68,51 +63,52 @@ class GaussNewtonProduct:
         return probabilities * (tangent - mean) / examples
 
 
-def make_product(
-    loss_fn: Callable[..., jax.Array], variables: Variables, output_loss: OutputLoss | None
-) -> HessianProduct | GaussNewtonProduct:
-    """The Hessian, or the Gauss-Newton matrix if there is an `output_loss`."""
-    if output_loss is None:
-        return HessianProduct(loss_fn, variables)
-    if not callable(output_loss) and output_loss not in CLOSED_FORMS:
-        raise ValueError(
-            f"output_loss={output_loss!r} must be None, one of {', '.join(CLOSED_FORMS)}, or a "
-            "function from outputs and batch to a scalar."
-        )
-    return GaussNewtonProduct(loss_fn, variables, output_loss)
-
-
-def prepare(
-    loss_fn: Callable[..., jax.Array],
+def make(
+    function: Callable[..., jax.Array],
     params: optax.Params,
-    batches: _batches.Batches,
+    data: _batches.Data,
     mask: Mask,
-    output_loss: OutputLoss | None,
-) -> HessianProduct | GaussNewtonProduct:
-    """Checks the arguments and returns the product on one batch."""
+    output_loss: OutputLoss | None = None,
+) -> Operator:
+    """Checks the arguments, and returns the matrix."""
     gauss_newton = output_loss is not None
-    variables = _variables.prepare(loss_fn, params, batches, mask, model=gauss_newton)
-    product = make_product(loss_fn, variables, output_loss)
+    variables = _variables.prepare(function, params, data, mask, model=gauss_newton)
     if gauss_newton:
-        leaves = jax.tree.leaves(_variables.check_evaluates(loss_fn, params, batches))
+        if not callable(output_loss) and output_loss not in CLOSED_FORMS:
+            raise ValueError(
+                f"output_loss={output_loss!r} must be None, one of {', '.join(CLOSED_FORMS)}, or a "
+                "function from outputs and batch to a scalar."
+            )
+        leaves = jax.tree.leaves(_variables.check_evaluates(function, params, data))
         if len(leaves) != 1 or not leaves[0].shape:
             raise ValueError(
                 "With output_loss, the first argument is the model and must return one array of "
                 f"outputs, [examples, outputs]; it returns {[list(x.shape) for x in leaves]}."
             )
-    return product
+    return Operator(function, variables, output_loss)
+
+
+def power_of_two(vectors: Any) -> jax.Array:
+    """The power of two next to the largest entry; 1 where there is none, or it is not finite.
+
+    Products are divided by it before anything is squared, so that losses in small or large units
+    are measured like others; nothing is rounded.
+    """
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x)) for x in vectors])
+    limit = jnp.finfo(largest.dtype).maxexp - 2  # Its reciprocal must be a normal number too.
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 0.0))
+    return jnp.ldexp(jnp.ones_like(largest), jnp.clip(exponent, -limit, limit))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Apply:
-    product: HessianProduct | GaussNewtonProduct
+class _Product:
+    operator: Operator
 
     def __call__(self, mean: _batches.Mean, loops: _batches.Loops, params: Any, vector: Any) -> Any:
         del loops
-        variables = self.product.variables
-        point = variables.take(params)
-        result = mean(self.product, params, point, variables.take(vector))
-        return variables.spread(params, result)
+        variables = self.operator.variables
+        _, multiply = self.operator.at(mean, params)
+        return variables.spread(params, multiply(variables.take(vector)))
 
 
 def hessian_vector_product(
@@ -121,6 +117,7 @@ def hessian_vector_product(
     vector: optax.Params,
     batches: _batches.Batches = None,
     *,
+    weights: _batches.Weights = None,
     mask: Mask = None,
 ) -> optax.Params:
     r"""Product of the Hessian of the loss with a vector.
@@ -133,8 +130,10 @@ def hessian_vector_product(
       params: where to take the Hessian.
       vector: tree like `params`.
       batches: the data: a pytree of arrays with the batches on the leading axis, gone through by
-        `lax.scan`, so that memory is that of one batch; or a list or another iterable of batches,
-        or a function that returns an iterator, gone through in Python; or None.
+        `lax.scan`; a list or another iterable of batches, or a function that returns an iterator,
+        gone through in Python; or None. A batch is handed to the loss whole, a tuple too.
+      weights: one number a batch. None: stacked batches count alike, and others by their examples,
+        which the first axis counts in those arrays in which it changes from batch to batch.
       mask: pytree of bools with the structure of `params` or a prefix of it, or a function from
         `params` to one: True for the leaves to vary. None: all. Static.
 
@@ -147,7 +146,7 @@ def hessian_vector_product(
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> from flatopt import _batches, measures
+      >>> from flatopt import measures
       >>> def loss_fn(w, x):
       ...     return 0.5 * jnp.sum(x * w**2)
       >>> batches = jnp.array([[1.0, 2.0], [3.0, 4.0]])
@@ -162,9 +161,10 @@ def hessian_vector_product(
       one loss. Half-precision leaves are taken in float32. Works under `jax.jit`, `jax.vmap` and
       with sharded parameters.
     """
-    product = prepare(loss_fn, params, batches, mask, None)
+    data = _batches.weigh(batches, weights)
+    operator = make(loss_fn, params, data, mask)
     _variables.check_alike("vector", vector, params)
-    return _batches.run(_Apply(product), params, batches, vector)
+    return _batches.run(_Product(operator), params, data, vector)
 
 
 def gauss_newton_vector_product(
@@ -173,6 +173,7 @@ def gauss_newton_vector_product(
     vector: optax.Params,
     batches: _batches.Batches = None,
     *,
+    weights: _batches.Weights = None,
     output_loss: OutputLoss = "softmax_cross_entropy",
     mask: Mask = None,
 ) -> optax.Params:
@@ -189,7 +190,7 @@ def gauss_newton_vector_product(
         `batches` is None. Static.
       params: where to take the matrix.
       vector: tree like `params`.
-      batches: the data; see `hessian_vector_product`.
+      batches, weights: the data; see `hessian_vector_product`.
       output_loss: "softmax_cross_entropy" (the outputs are logits) or "squared_error" (half the
         sum of squares), means over examples, whose curvature needs no labels; or a function
         `output_loss(outputs, batch)` to a scalar. Static.
@@ -223,6 +224,7 @@ def gauss_newton_vector_product(
       Cost: about two gradients over the data. Every spectral measure takes `output_loss` too, and
       then measures this matrix in place of the Hessian.
     """
-    product = prepare(model_fn, params, batches, mask, output_loss)
+    data = _batches.weigh(batches, weights)
+    operator = make(model_fn, params, data, mask, output_loss)
     _variables.check_alike("vector", vector, params)
-    return _batches.run(_Apply(product), params, batches, vector)
+    return _batches.run(_Product(operator), params, data, vector)

@@ -9,7 +9,9 @@ from scipy.special import comb
 
 import flatopt
 from flatopt import curves, measures
-from tests import measures_problem as problem
+from tests.measures import problem
+from tests.replay import ATOL, RTOL, Golden, compiled, replays, torch_optimizer
+from tests.replay import problem as golden_problem
 
 
 @pytest.mark.parametrize("num_bends", [2, 3, 6])
@@ -120,3 +122,58 @@ def test_progress_bar(capsys):
         lambda w, batch: jnp.sum(w**2), jnp.ones((3, 2)), optax.sgd(0.1), range(3), progress=True
     )
     assert "curve" in capsys.readouterr().err
+
+
+BASES = {"Bezier": curves.bezier, "PolyChain": curves.polychain}
+
+
+@replays("curve")
+def test_replays(golden: Golden):
+    """The decay is that of the point on the curve, part of the loss, and not the optimiser's."""
+    hyper, arrays = dict(golden.hyper), golden.arrays
+    basis, num_bends = BASES[hyper["curve"]], int(hyper["num_bends"])
+    decay = float(hyper.pop("wd", hyper.pop("weight_decay", 0.0)))
+    tx = curves.keep_fixed(torch_optimizer(hyper, golden.learning_rate))
+    loss_fn, batch = golden_problem(golden)
+    total = curves.curve_loss(loss_fn, basis, weight_decay=decay)
+
+    coefficients = jax.vmap(lambda t: basis(t, num_bends))(jnp.asarray(arrays["coeff_t"]))
+    _assert_close("coeffs", coefficients, arrays["coeffs"])
+
+    @compiled
+    def step(controls, opt_state, position, t):
+        value, grads = jax.value_and_grad(total)(controls, position, *batch(t, 0))
+        plain = loss_fn(curves.point(controls, position, basis), *batch(t, 0))
+        updates, opt_state = tx.update(grads, opt_state, controls)
+        return optax.apply_updates(controls, updates), opt_state, value, plain
+
+    start = golden.params
+    grads = jax.grad(loss_fn)(start, *batch(0, 0))
+    for name, value in golden.tree("grad0").items():
+        _assert_close(f"grad0/{name}", grads[name], value)
+    end = {name: jnp.asarray(value) for name, value in golden.tree("p_end").items()}
+    controls = curves.control_points([start, end], num_bends)
+    opt_state = tx.init(controls)
+    trajectory, totals, plains = [controls], [], []
+    for t, position in enumerate(arrays["t_sample"]):
+        controls, opt_state, value, plain = step(controls, opt_state, position, t)
+        trajectory.append(controls)
+        totals.append(value)
+        plains.append(plain)
+    assert len(totals) == golden.steps
+    _assert_close("loss_total", totals, arrays["loss_total"])
+    recorded = golden.tree("traj")
+    assert set(recorded) == {f"{name}_{j}" for name in start for j in range(num_bends)}
+    for key, value in recorded.items():
+        name, _, j = key.rpartition("_")
+        _assert_close(key, [c[name][int(j)] for c in trajectory], value)
+    if "loss" in arrays:
+        _assert_close("loss", totals, arrays["loss"])
+    if decay == 0:
+        _assert_close("the loss without decay", plains, totals)
+    else:  # What the decay adds is there, and is not nothing.
+        assert (np.asarray(totals) > np.asarray(plains)).all()
+
+
+def _assert_close(name: str, actual: object, desired: object) -> None:
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(desired), RTOL, ATOL, err_msg=name)

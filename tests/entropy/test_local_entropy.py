@@ -1,4 +1,4 @@
-"""Local entropy: the exact law on a quadratic, its limits, its costs and its options."""
+"""Local entropy."""
 
 import functools
 
@@ -12,6 +12,8 @@ import flatopt
 from tests import cases
 
 WALKERS = 20_000  # Coordinates of one quadratic: as many independent Langevin loops.
+
+
 # Curvature, gamma, temperature.
 TRIPLES = [(1.0, 0.5, 0.1), (3.0, 1.0, 1.0), (0.2, 2.0, 0.01), (0.0, 1.0, 0.5), (-0.5, 2.0, 0.2)]
 
@@ -102,8 +104,6 @@ def test_two_updates_use_fresh_noise():
 
 
 # Limits
-
-
 def test_large_gamma_gives_the_gradient_of_the_loss():
     params, batch = cases.init_params(), cases.make_batch()
     grad_fn = flatopt.make_grad_fn(cases.loss_fn, batch)
@@ -165,8 +165,6 @@ def test_wide_and_narrow_valleys():
 
 
 # Costs
-
-
 @pytest.mark.parametrize(("initial", "expected"), [(True, [0, 1, 2]), (False, [0, 1, 2, 3])])
 def test_evaluations_are_numbered(initial: bool, expected: list[int]):
     seen = []
@@ -215,8 +213,6 @@ def test_memory(momentum: float, copies: int):
 
 
 # Options
-
-
 def test_adds_what_it_says_step_by_step():
     """Against the recursion written by hand: every term, the momentum over each of them."""
     rng = np.random.default_rng(0)
@@ -328,103 +324,7 @@ def test_out_of_range(bad):
         flatopt.local_entropy(**{"num_steps": 3, "gamma": 0.1, **bad})
 
 
-# Entropy-SGD
-
-
-@pytest.mark.parametrize("form", ["python", "lua", "pittorino"])
-def test_recipe_is_its_pieces(form: str):
-    """The inner loop of the form, then SGD with or without momentum and decay."""
-    over, initial, outer = {
-        "python": ("decay", False, True),
-        "lua": ("gradient", False, False),
-        "pittorino": ("pull", True, True),
-    }[form]
-    common = {"noise": 0.01, "momentum": 0.5, "weight_decay": 0.01, "key": 7}
-    recipe = flatopt.entropy_sgd(0.3, 4, 0.2, form=form, scale_by_gamma=False, **common)
-    inner = flatopt.local_entropy(4, 0.2, momentum_over=over, initial_gradient=initial, **common)
-    if outer:
-        rest = optax.chain(
-            optax.add_decayed_weights(0.01), optax.sgd(0.3, momentum=0.5, nesterov=True)
-        )
-    else:
-        rest = optax.sgd(0.3)
-    pieces = optax.chain(inner, rest)
-    params, _ = cases.run(recipe, steps=1)
-    expected, _ = cases.run(pieces, steps=1)
-    if form == "python":  # Its outer buffer starts from the first gradient of the loss.
-        seed = jax.grad(cases.loss_fn)(cases.init_params(), cases.make_batch())
-        expected = optax.tree.add_scale(expected, -0.3 * 0.5**2, seed)
-    cases.assert_close(params, expected)
-    if form != "python":
-        cases.assert_close(cases.run(recipe)[0], cases.run(pieces)[0])
-
-
-def test_published_form_without_inner_steps_is_sgd():
-    tx = flatopt.entropy_sgd(0.05, 0, 0.1, form="pittorino", momentum=0.9, scale_by_gamma=False)
-    expected, _ = cases.run(optax.sgd(0.05, momentum=0.9, nesterov=True))
-    cases.assert_close(cases.run(tx)[0], expected)
-
-
-def test_unknown_form():
-    with pytest.raises(ValueError, match="form='c' must be one of python, lua, pittorino"):
-        flatopt.entropy_sgd(0.1, 5, 0.1, form="c")
-
-
-# Langevin
-
-
-@pytest.mark.parametrize("temperature", [0.1, 2.0])
-@pytest.mark.parametrize("curvature", [0.5, 4.0])
-def test_langevin_samples_the_gaussian(curvature: float, temperature: float):
-    rate = 0.1 / curvature
-    tx, w = flatopt.langevin(rate, temperature, key=3), jnp.zeros([WALKERS])
-
-    def step(carry, _):
-        w, state = carry
-        updates, state = tx.update(curvature * w, state, w)
-        return (w + updates, state), None
-
-    (w, _), _ = jax.lax.scan(step, (w, tx.init(w)), length=150)
-    variance = temperature / (curvature * (1 - rate * curvature / 2))
-    assert abs(float(w.var()) - variance) < 4 * variance * np.sqrt(2 / WALKERS)
-    assert abs(float(w.mean())) < 4 * np.sqrt(variance / WALKERS)
-
-
-def test_langevin_at_zero_temperature_is_gradient_descent():
-    cases.assert_equal(cases.run(flatopt.langevin(0.05, 0.0))[0], cases.run(optax.sgd(0.05))[0])
-
-
-def test_langevin_behind_local_entropy_is_entropy_sgld():
-    """The outer loop samples exp(-F / T): on a quadratic, again a Gaussian, of lower curvature."""
-    curvature, gamma, temperature = 2.0, 1.0, 0.5
-    tx = optax.chain(
-        flatopt.local_entropy(
-            15,
-            gamma,
-            inner_learning_rate=0.5 / (curvature + gamma),
-            noise=0.0,
-            averaging=0.0,
-            scale_by_gamma=True,
-        ),
-        flatopt.langevin(0.1, temperature),
-    )
-    grad_fn = lambda w, i: curvature * w  # noqa: E731
-
-    def step(carry, _):
-        w, state = carry
-        updates, state = tx.update(curvature * w, state, w, grad_fn=grad_fn)
-        return (w + updates, state), None
-
-    w = jnp.zeros([WALKERS])
-    (w, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=150))((w, tx.init(w)))
-    effective = gamma * curvature / (gamma + curvature)
-    variance = temperature / (effective * (1 - 0.1 * effective / 2))
-    assert abs(float(w.var()) - variance) < 4 * variance * np.sqrt(2 / WALKERS)
-
-
 # Scoping
-
-
 def test_exponential_scoping():
     schedule = flatopt.exponential_scoping(0.1, 0.5, every=3, max_value=0.3)
     values = np.array([schedule(t) for t in range(12)])

@@ -1,0 +1,265 @@
+"""Coupled replicas, in every layout."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import flatopt
+from tests import cases
+from tests.replay import Golden, assert_agrees, replay_replicas, replays, torch_optimizer
+
+NUMBER = 8
+TOPOLOGIES = ("ring", "exponential", "torus", "full")
+METHODS = {
+    "couple": lambda axis: optax.chain(flatopt.couple_replicas(0.5, axis_name=axis), _sgd()),
+    "couple_schedule": lambda axis: optax.chain(
+        flatopt.couple_replicas(flatopt.exponential_scoping(0.1, 0.5), axis_name=axis), _sgd()
+    ),
+    "couple_every": lambda axis: optax.chain(
+        flatopt.couple_replicas(0.5, axis_name=axis, every=2), _sgd()
+    ),
+    "parle": lambda axis: flatopt.parle(0.05, 0.1, 0.5, every=2, axis_name=axis),
+    **{
+        f"gossip_{topology}": lambda axis, topology=topology: flatopt.gossip(
+            _sgd(), topology, axis_name=axis
+        )
+        for topology in TOPOLOGIES
+    },
+    "gossip_matrix": lambda axis: flatopt.gossip(
+        _sgd(), flatopt.mixing_matrix("exponential", NUMBER), axis_name=axis
+    ),
+}
+
+
+def _sgd():
+    return optax.sgd(0.05, momentum=0.9)
+
+
+def _replicas(number: int = NUMBER):
+    return flatopt.replicate_params(cases.init_params(), number, std=0.3, key=1)
+
+
+def _batches(step: int, number: int = NUMBER):
+    """One batch for each replica."""
+    batches = [cases.make_batch(100 * step + a) for a in range(number)]
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
+
+
+def _size(params) -> int:
+    return len(jax.tree.leaves(params)[0])
+
+
+def _train_leading(tx, params, steps: int = 4):
+    """The optimiser sees the whole stack of replicas."""
+    opt_state = tx.init(params)
+
+    @jax.jit
+    def step(params, opt_state, batches):
+        grads = jax.vmap(jax.grad(cases.loss_fn))(params, batches)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    for i in range(steps):
+        params, opt_state = step(params, opt_state, _batches(i, _size(params)))
+    return params
+
+
+def _one_step(tx, params, opt_state, batch):
+    grads = jax.grad(cases.loss_fn)(params, batch)
+    grad_fn = flatopt.make_grad_fn(cases.loss_fn, batch)
+    updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def _train_sharded(tx, params, steps: int = 4):
+    """One replica on each of eight devices."""
+    mesh = jax.make_mesh((NUMBER,), ("replicas",), axis_types=(AxisType.Auto,))
+
+    def squeezed(function):
+        def local(*args):
+            result = function(*jax.tree.map(lambda x: x[0], args))
+            return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
+
+        specs = {"in_specs": P("replicas"), "out_specs": P("replicas"), "check_vma": False}
+        return jax.jit(jax.shard_map(local, mesh=mesh, **specs))
+
+    opt_state = squeezed(tx.init)(params)
+    step = squeezed(functools.partial(_one_step, tx))
+    for i in range(steps):
+        params, opt_state = step(params, opt_state, _batches(i))
+    return params
+
+
+def _train_vmapped(tx, params, steps: int = 4):
+    """The optimiser sees one replica, inside a mapped axis."""
+    opt_state = jax.vmap(tx.init, axis_name="replicas")(params)
+    step = jax.jit(jax.vmap(functools.partial(_one_step, tx), axis_name="replicas"))
+    for i in range(steps):
+        params, opt_state = step(params, opt_state, _batches(i, _size(params)))
+    return params
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_leading_axis_equals_named_axis_equals_eight_devices(name: str):
+    """For gossip this also says that the dense product is `ppermute` after `ppermute`."""
+    start = _replicas()
+    leading = _train_leading(METHODS[name](None), start)
+    assert not np.allclose(leading["hidden"]["kernel"], start["hidden"]["kernel"])
+    cases.assert_close(_train_vmapped(METHODS[name]("replicas"), start), leading)
+    cases.assert_close(_train_sharded(METHODS[name]("replicas"), start), leading)
+
+
+def test_replicas_over_devices_and_within():
+    """Two on each of four devices: the axis is a tuple of names."""
+    start = _replicas()
+    tx = METHODS["couple"](("devices", "local"))
+    mesh = jax.make_mesh((4,), ("devices",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": P("devices"), "out_specs": P("devices"), "check_vma": False}
+
+    def mapped(function):
+        local = jax.vmap(function, axis_name="local")
+        return jax.jit(jax.shard_map(local, mesh=mesh, **specs))
+
+    params, opt_state = start, mapped(tx.init)(start)
+    step = mapped(functools.partial(_one_step, tx))
+    for i in range(4):
+        params, opt_state = step(params, opt_state, _batches(i))
+    cases.assert_close(params, _train_leading(METHODS["couple"](None), start))
+
+
+def test_pull_is_the_gradient_of_the_springs():
+    params, strength = _replicas(3), 0.7
+
+    def springs(params):
+        away = jax.tree.map(lambda w, m: w - m[None], params, flatopt.barycentre(params))
+        return 0.5 * strength * optax.tree.norm(away, squared=True)
+
+    stage = flatopt.couple_replicas(strength)
+    zeros = optax.tree.zeros_like(params)
+    pull, _ = stage.update(zeros, stage.init(params), params)
+    cases.assert_close(pull, jax.grad(springs)(params))
+    # Springs among the replicas move no centre.
+    cases.assert_close(flatopt.barycentre(pull), optax.tree.zeros_like(cases.init_params()))
+
+
+# Limits
+@pytest.mark.parametrize("axis", [None, "replicas"])
+def test_strength_zero_is_independent_training_bit_for_bit(axis):
+    start = _replicas()
+    train = _train_leading if axis is None else _train_vmapped
+    coupled = train(optax.chain(flatopt.couple_replicas(0.0, axis_name=axis), _sgd()), start)
+    cases.assert_equal(coupled, train(_sgd(), start))
+
+
+def test_strength_zero_on_eight_devices_bit_for_bit():
+    start = _replicas()
+    coupled = optax.chain(flatopt.couple_replicas(0.0, axis_name="replicas"), _sgd())
+    cases.assert_equal(_train_sharded(coupled, start), _train_sharded(_sgd(), start))
+
+
+def test_a_schedule_that_is_zero_is_independent_training():
+    start = _replicas()
+    tx = optax.chain(flatopt.couple_replicas(lambda step: 0.0 * step), _sgd())
+    cases.assert_close(_train_leading(tx, start), _train_leading(_sgd(), start))
+
+
+def test_one_replica_is_plain_sgd():
+    start = _replicas(1)
+    expected = _train_leading(_sgd(), start)
+    for tx in (METHODS["couple"](None), flatopt.gossip(_sgd(), "ring")):
+        cases.assert_equal(_train_leading(tx, start), expected)
+    alone, _ = cases.run(_sgd())
+    recipe = flatopt.replicated_sgd(_sgd(), 1, 0.5)
+    params, state = cases.run(recipe)
+    cases.assert_equal(params, alone)
+    cases.assert_equal(flatopt.eval_params(state, params), alone)
+
+
+def test_every_multiplies_the_pull():
+    params = _replicas(3)
+    stage = flatopt.couple_replicas(0.2, every=3)
+    zeros, state = optax.tree.zeros_like(params), stage.init(params)
+    for _ in range(2):
+        pull, state = stage.update(zeros, state, params)
+        cases.assert_equal(pull, zeros)
+    pull, _ = stage.update(zeros, state, params)
+    plain = flatopt.couple_replicas(0.6)
+    cases.assert_close(pull, plain.update(zeros, plain.init(params), params)[0])
+
+
+def test_strong_coupling_makes_the_replicas_collapse():
+    tx = optax.chain(flatopt.couple_replicas(10.0), optax.sgd(0.05))
+    params = _train_leading(tx, _replicas(), steps=12)
+    centre = flatopt.barycentre(params)
+    for replica, mean in zip(jax.tree.leaves(params), jax.tree.leaves(centre), strict=True):
+        assert float(jnp.abs(replica - mean[None]).max()) < 0.05
+    assert float(jnp.std(_replicas()["hidden"]["kernel"], axis=0).min()) > 0.05
+
+
+@pytest.mark.parametrize("axis", [None, "replicas"])
+def test_automatic_strength(axis):
+    """The unit: the mean loss over the mean half squared distance, in the first updates."""
+    params = {"w": jnp.array([[1.0], [3.0]])}
+    stage = flatopt.couple_replicas(lambda step: 2.0, axis_name=axis, automatic=2)
+    update = stage.update
+    init = stage.init
+    if axis is not None:
+        init = jax.vmap(init, axis_name=axis)
+        update = jax.vmap(lambda u, s, p, value: stage.update(u, s, p, value=value), axis_name=axis)
+    zeros, state = optax.tree.zeros_like(params), init(params)
+
+    def call(state, value):
+        if axis is None:
+            return update(zeros, state, params, value=jnp.array(value))
+        return update(zeros, state, params, jnp.array(value))
+
+    for value in ([1.0, 5.0], [2.0, 8.0]):
+        pull, state = call(state, value)
+        cases.assert_equal(pull, zeros)  # Uncoupled while it measures.
+        np.testing.assert_allclose(state.unit, np.mean(value) / 0.5)
+    pull, _ = call(state, [7.0, 7.0])
+    np.testing.assert_allclose(pull["w"], 2.0 * 10.0 * np.array([[-1.0], [1.0]]))
+
+
+def test_automatic_strength_needs_the_loss():
+    stage = flatopt.couple_replicas(1.0, automatic=1)
+    params = _replicas(2)
+    with pytest.raises(ValueError, match="value=loss"):
+        stage.update(params, stage.init(params), params)
+
+
+@pytest.mark.parametrize("bad", [-0.1, float("nan")])
+def test_unfit_strength(bad: float):
+    with pytest.raises(ValueError, match="strength="):
+        flatopt.couple_replicas(bad)
+    with pytest.raises(ValueError, match="strength="):
+        flatopt.replicated_sgd(_sgd(), 3, bad)
+
+
+@replays("rsgd")
+def test_replays_rsgd(golden: Golden) -> None:
+    """The penalty is `g |w - mean|^2`, without the half.
+
+    The loss there is the mean over y replicas, and the learning rate y times as large to make up
+    for it: that also multiplies the decay, which had not been divided.
+    """
+    hyper = golden.hyper
+    decay = hyper["y"] * hyper["weight_decay"]
+    strength = flatopt.exponential_scoping(2 * hyper["g"], hyper["grate"], every=golden.epoch_len)
+    optimizer = torch_optimizer(
+        {**hyper, "nesterov": True, "weight_decay": decay}, golden.learning_rate
+    )
+    tx = optax.chain(flatopt.couple_replicas(strength), optimizer)
+    replayed = replay_replicas(golden, tx)
+    replayed["g_t"] = np.asarray([strength(t) / 2 for t in range(golden.steps)])
+    # The penalty of each step, from its weights.
+    points = [v[:-1] for k, v in replayed.items() if k.startswith("traj/")]
+    squares = [((x - x.mean(1, keepdims=True)) ** 2).reshape(*x.shape[:2], -1) for x in points]
+    replayed["coupling_loss"] = replayed["g_t"] * sum(s.sum(-1) for s in squares).mean(1)
+    assert_agrees(golden.results, replayed)
