@@ -15,7 +15,7 @@ from flatopt._core import checks
 @pytest.mark.parametrize(
     "value",
     ["0.1", "abc", 1j, {}, [0.1], None, fractions.Fraction(1, 2), optax.sgd(0.1)],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_number_is_refused_by_name(value):
     with pytest.raises(TypeError, match=r"rho=.* must be a finite number in \[0, inf\)"):
