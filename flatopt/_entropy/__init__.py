@@ -1,7 +1,6 @@
 """The local entropy: a Langevin loop around the weights, and Entropy-SGD.
 
-entropy_sgd              entropy-SGD as a whole, in the three forms in which it was published
-langevin                 Langevin dynamics: gradient descent with thermal noise of a stated
-                         temperature
-local_entropy            schedules of radii and learning rates
+entropy_sgd              Entropy-SGD as a whole, as three published programs compute it
+langevin                 Langevin dynamics: gradient descent with noise of a stated temperature
+local_entropy            the gradient of the local entropy by a Langevin loop, and its scoping
 """

@@ -33,7 +33,7 @@ def gnp(
     Examples:
       >>> import jax.numpy as jnp, flatopt
       >>> tx, w = flatopt.gnp(rho=0.5, alpha=0.8), jnp.array([3.0, 4.0])
-      >>> print(tx.update(w, tx.init(w), w, grad_fn=lambda w, i: w)[0])
+      >>> print(tx.update(w, tx.init(w), w, grad_fn=lambda w, i: w)[0].round(2))
       [3.24 4.32]
 
     References:

@@ -1,5 +1,6 @@
 """Entropy-SGD in its published forms."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 import flatopt
+from flatopt._entropy import entropy_sgd
 from tests import cases
 from tests.replay import Array, Golden, assert_agrees, replay, replays
 
@@ -17,14 +19,14 @@ from tests.replay import Array, Golden, assert_agrees, replay, replays
 @pytest.mark.parametrize("form", ["python", "lua", "pittorino"])
 def test_recipe_is_its_pieces(form: str):
     """The inner loop of the form, then SGD with or without momentum and decay."""
-    over, initial, outer = {
-        "python": ("decay", False, True),
-        "lua": ("gradient", False, False),
-        "pittorino": ("pull", True, True),
+    inner_step, initial, outer = {
+        "python": (entropy_sgd.python_step, False, True),
+        "lua": (entropy_sgd.lua_step, False, False),
+        "pittorino": (entropy_sgd.pittorino_step, True, True),
     }[form]
     common = {"noise": 0.01, "momentum": 0.5, "weight_decay": 0.01, "key": 7}
     recipe = flatopt.entropy_sgd(0.3, 4, 0.2, form=form, scale_by_gamma=False, **common)
-    inner = flatopt.local_entropy(4, 0.2, momentum_over=over, initial_gradient=initial, **common)
+    inner = flatopt.local_entropy(4, 0.2, inner_step=inner_step, initial_gradient=initial, **common)
     if outer:
         rest = optax.chain(
             optax.add_decayed_weights(0.01), optax.sgd(0.3, momentum=0.5, nesterov=True)
@@ -51,6 +53,14 @@ def test_published_form_without_inner_steps_is_sgd():
 def test_unknown_form():
     with pytest.raises(ValueError, match="form='c' must be one of python, lua, pittorino"):
         flatopt.entropy_sgd(0.1, 5, 0.1, form="c")
+
+
+@pytest.mark.parametrize("knob", [{"nesterov": False}, {"dampening": 0.1}])
+@pytest.mark.parametrize("form", ["lua", "pittorino"])
+def test_knobs_that_a_program_does_not_have(form: str, knob: dict[str, Any]):
+    with pytest.raises(ValueError, match=f"{next(iter(knob))}=.*only form='python'"):
+        flatopt.entropy_sgd(0.1, 5, 0.1, form=form, **knob)
+    flatopt.entropy_sgd(0.1, 5, 0.1, form="python", **knob)
 
 
 class _Mean(NamedTuple):
@@ -121,17 +131,17 @@ def test_replays(golden: Golden) -> None:
         "num_steps": int(hyper["L"]),
         "gamma": hyper["g0"],
         "noise": _recorded_noise(golden),
-        "nesterov": bool(hyper["nesterov"]),
-        # Dampening is part of the momentum there: without the one there is not the other.
-        "dampening": hyper["damp"] if momentum else 0.0,
+        "momentum": momentum,
         "weight_decay": hyper["weight_decay"],
     }
-    tx = flatopt.entropy_sgd(golden.learning_rate, momentum=momentum, form="python", **common)
+    nesterov = bool(hyper["nesterov"])
+    # Dampening is part of the momentum there: without the one there is not the other.
+    damp = hyper["damp"] if momentum else 0.0
+    tx = flatopt.entropy_sgd(golden.learning_rate, nesterov=nesterov, dampening=damp, **common)
     replayed = replay(golden, tx, extra_batch=lambda t, i: (t, i + 1))
-    over = "decay" if hyper["nesterov"] else "noise"
-    inner = flatopt.local_entropy(
-        momentum=momentum, momentum_over=over, initial_gradient=False, **common
-    )
+    step = entropy_sgd.python_step if nesterov else entropy_sgd.python_heavy_ball_step
+    step = functools.partial(step, damp=damp)
+    inner = flatopt.local_entropy(inner_step=step, initial_gradient=False, **common)
     means = _means_along(golden, inner, lambda t, i: (t, i + 1)) if hyper["L"] else _start(golden)
     assert_agrees(golden.results, replayed | means, ignore=("eta",))  # The draws are an input.
 
@@ -151,7 +161,7 @@ def test_replays_entropy_sgd_lua(golden: Golden) -> None:
     }
     tx = flatopt.entropy_sgd(golden.learning_rate, form="lua", **common)
     replayed = replay(golden, tx, extra_batch=lambda t, i: (t, i + 1))
-    inner = flatopt.local_entropy(momentum_over="gradient", initial_gradient=False, **common)
+    inner = flatopt.local_entropy(inner_step=entropy_sgd.lua_step, initial_gradient=False, **common)
     replayed |= _means_along(golden, inner, lambda t, i: (t, i + 1))
     replayed["gamma_t"] = np.asarray([gamma(t) for t in range(golden.steps)])
     assert_agrees(golden.results, replayed)

@@ -9,8 +9,19 @@ import optax
 import pytest
 
 import flatopt
+from flatopt._entropy import entropy_sgd
 from tests import cases
 
+# The steps of the loops, by the dampening.
+STEPS = {
+    "plain": lambda damp: None,
+    "python": lambda damp: functools.partial(entropy_sgd.python_step, damp=damp),
+    "python_heavy_ball": lambda damp: functools.partial(
+        entropy_sgd.python_heavy_ball_step, damp=damp
+    ),
+    "lua": lambda damp: entropy_sgd.lua_step,
+    "pittorino": lambda damp: entropy_sgd.pittorino_step,
+}
 WALKERS = 20_000  # Coordinates of one quadratic: as many independent Langevin loops.
 
 
@@ -213,61 +224,54 @@ def test_memory(momentum: float, copies: int):
 
 
 # Options
-def test_adds_what_it_says_step_by_step():
-    """Against the recursion written by hand: every term, the momentum over each of them."""
+@pytest.mark.parametrize("name", sorted(STEPS))
+def test_adds_what_it_says_step_by_step(name: str):
+    """Against the recursions written by hand: what the momentum of each published loop filters."""
     rng = np.random.default_rng(0)
-    w = rng.normal(size=3)
-    draws = rng.normal(size=(4, 3))
-    scale = rng.uniform(1, 2, size=3)
-    h, gamma, decay, beta, damp, past = 0.1, 0.7, 0.05, 0.8, 0.2, 0.6
+    w, draws, scale = rng.normal(size=3), rng.normal(size=(4, 3)), rng.uniform(1, 2, size=3)
+    h, gamma, decay, beta, past = 0.1, 0.7, 0.05, 0.8, 0.6
+    damp = 0.2 if "python" in name else 0.0
+    filters = {"python": "gd", "python_heavy_ball": "gdpn", "lua": "g", "pittorino": "gdp"}
+    over = filters.get(name, "gd")
 
     def noise_update(updates, state, params=None, *, step, inner_step, **_):
         del params, step
         return updates + jnp.asarray(draws)[inner_step], state
 
-    noise = optax.GradientTransformationExtraArgs(optax.init_empty_state, noise_update)
-
-    def by_hand(over, nesterov):
-        y, mu, v = w.copy(), w.copy(), np.zeros(3)
-        for xi in draws:
-            own, rest = -h * scale * y, np.zeros(3)
-            if over == "gradient":
-                rest += -h * decay * y
-            else:
-                own += -h * decay * y
-            spring = -h * gamma * (y - w)
-            inside = spring if over in ("pull", "noise") else np.zeros(3)
-            rest += spring - inside
-            v = beta * v + (1 - damp) * own + inside
-            move = own + inside + beta * v if nesterov else v
-            move = move + rest + xi
-            if over == "noise":
-                v = v + xi
-            y = y + move
-            mu = past * mu + (1 - past) * y
-        return w - mu
+    y, mu, v = w.copy(), w.copy(), np.zeros(3)
+    for xi in draws:
+        terms = {"g": -h * scale * y, "d": -h * decay * y, "p": -h * gamma * (y - w), "n": xi}
+        damped = {k: (1 - damp) * x if k in "gd" else x for k, x in terms.items()}
+        v = beta * v + sum(damped[k] for k in over)
+        inside = v if name == "python_heavy_ball" else sum(terms[k] for k in over) + beta * v
+        y = y + inside + sum(x for k, x in terms.items() if k not in over)
+        mu = past * mu + (1 - past) * y
 
     with jax.enable_x64(True):
-        for over in ("gradient", "decay", "pull", "noise"):
-            for nesterov in (True, False):
-                stage = flatopt.local_entropy(
-                    4,
-                    gamma,
-                    inner_learning_rate=h,
-                    noise=noise,
-                    momentum=beta,
-                    nesterov=nesterov,
-                    averaging=past,
-                    weight_decay=decay,
-                    dampening=damp,
-                    momentum_over=over,
-                )
-                grad_fn = lambda w, i: scale * w  # noqa: E731
-                point = jnp.asarray(w)
-                found, _ = stage.update(
-                    grad_fn(point, 0), stage.init(point), point, grad_fn=grad_fn
-                )
-                np.testing.assert_allclose(found, by_hand(over, nesterov), rtol=1e-12)
+        stage = flatopt.local_entropy(
+            4,
+            gamma,
+            inner_learning_rate=h,
+            noise=optax.GradientTransformationExtraArgs(optax.init_empty_state, noise_update),
+            momentum=beta,
+            averaging=past,
+            weight_decay=decay,
+            inner_step=STEPS[name](damp),
+        )
+        point = jnp.asarray(w)
+        grads = scale * point
+        found, _ = stage.update(grads, stage.init(point), point, grad_fn=lambda w, i: scale * w)
+        np.testing.assert_allclose(found, w - mu, rtol=1e-12)
+
+
+def test_without_momentum_every_published_loop_is_the_plain_one():
+    w = jnp.array([1.0, -2.0])
+    run = lambda **kwargs: flatopt.local_entropy(  # noqa: E731
+        6, 0.3, weight_decay=0.1, noise=0.0, **kwargs
+    ).update(w, tx.init(w), w, grad_fn=lambda w, i: w)[0]
+    tx = flatopt.local_entropy(6, 0.3, noise=0.0)
+    for step in STEPS.values():
+        np.testing.assert_allclose(run(inner_step=step(0.0)), run(), rtol=1e-5)
 
 
 def test_automatic_gamma():
@@ -313,8 +317,6 @@ def test_automatic_gamma_of_a_loop_that_goes_nowhere():
         {"momentum": 1.0},
         {"averaging": 1.0},
         {"weight_decay": -1.0},
-        {"dampening": -0.5},
-        {"momentum_over": "everything"},
         {"automatic": 0},
     ],
 )
