@@ -18,7 +18,7 @@ ROOT = Path(flatopt.__file__).parent
 MECHANISMS = {
     "_sam": ["gradient_at", "ascent", "combiners", "noise"],
     "_averaging": ["running_mean", "ring"],
-    "_entropy": [],
+    "_entropy": ["exponential_scoping"],
     "_replicas": ["replicas"],
 }
 # Recipes: papers that are made of others.
