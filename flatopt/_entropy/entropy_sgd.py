@@ -189,8 +189,7 @@ def entropy_sgd(
 
 def _program(form: str, nesterov: bool, dampening: Any) -> Form:
     """The form with its knobs set; raises where it has none."""
-    if form not in FORMS:
-        raise ValueError(f"form={form!r} must be one of {', '.join(FORMS)}.")
+    checks.check_choice("form", form, FORMS)
     checks.check_number(
         "dampening", dampening, low=0.0, high=1.0, high_allowed=False, schedule_allowed=False
     )
