@@ -48,9 +48,10 @@ class Worker:
     """A running worker; a context manager."""
 
     def __init__(self, python: str):
-        """Starts the worker with this interpreter."""
+        """Starts the worker with this interpreter, on a GPU where JAX computes on one."""
+        device = "cuda" if jax.default_backend() == "gpu" else "cpu"
         self._process = subprocess.Popen(
-            [python, str(WORKER)],
+            [python, str(WORKER), device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 HEAD_WIDTH = 32
 TRIAL_STEPS = 10
 THREADS = torch.get_num_threads()
+DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cpu"
 Step = Callable[[Any, Any], None]
 
 
@@ -90,7 +91,7 @@ def load(path: str) -> tuple[Any, dict[str, Any]]:
         model = _BUILDERS[name](sizes, weights)
     if name == "cnn":
         data["x"] = data["x"].permute(0, 3, 1, 2).contiguous()
-    return model, data
+    return model.to(DEVICE), {key: t.to(DEVICE) for key, t in data.items()}
 
 
 def _linear(layer: Any, weights: dict[str, Any], name: str) -> None:
@@ -260,6 +261,13 @@ def _faster_threads(work: Callable[[], Any]) -> None:
     torch.set_num_threads(min(seconds, key=lambda n: seconds[n]))
 
 
+def _seconds() -> float:
+    """The time, once the device has done what it was told."""
+    if DEVICE != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Worker:
     """What is kept between requests."""
 
@@ -283,7 +291,8 @@ class Worker:
         model = copy.deepcopy(self.model)
         if "rows" in self.data:  # Steps are on so many examples, not on all.
             x, y = x[self.data["rows"][0]], y[self.data["rows"][0]]
-        _faster_threads(lambda: cross_entropy(model(x), y).backward())
+        if DEVICE == "cpu":
+            _faster_threads(lambda: cross_entropy(model(x), y).backward())
         packages = ("torch", "pytorch_optimizer")
         versions = {name: importlib.metadata.version(name) for name in packages}
         return {"loss": float(loss), "versions": versions, "threads": torch.get_num_threads()}
@@ -296,10 +305,10 @@ class Worker:
             self.steps_of[variant] = VARIANTS[variant](model, settings)
         self.passes = 0
         step, x, y = self.steps_of[variant], self.data["x"], self.data["y"]
-        began = time.perf_counter()
+        began = _seconds()
         for _ in range(steps):
             step(x, y)
-        return {"seconds": (time.perf_counter() - began) / steps, "passes": self.passes}
+        return {"seconds": (_seconds() - began) / steps, "passes": self.passes}
 
     def run(self, variant: str, settings: dict[str, Any]) -> dict[str, Any]:
         """Trains from the file's weights over its batches; returns the seconds and the loss."""
@@ -307,13 +316,13 @@ class Worker:
         return {"seconds": seconds, "loss": loss, "threads": torch.get_num_threads()}
 
     def _train(self, variant: str, settings: dict[str, Any], rows: Any) -> tuple[float, float]:
-        began = time.perf_counter()
+        began = _seconds()
         model = copy.deepcopy(self.model)
         step = VARIANTS[variant](model, settings)
         x, y = self.data["x"], self.data["y"]
         for places in rows:
             step(x[places], y[places])
-        seconds = time.perf_counter() - began
+        seconds = _seconds() - began
         with torch.no_grad():
             return seconds, float(cross_entropy(model(x), y))
 
@@ -323,6 +332,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     answers, sys.stdout = sys.stdout, sys.stderr  # What the libraries print is no answer.
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")  # TensorFloat-32 on a GPU, as JAX has it.
     worker = Worker()
     for line in sys.stdin:
         request = json.loads(line)
