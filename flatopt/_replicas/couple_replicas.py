@@ -40,7 +40,7 @@ def balancing_strength(value: Any, params: optax.Params, axis_name: AxisName) ->
     """
     mean = mean_over(params, axis_name)
     away = on_means(lambda mean, w: w - mean, mean, params)  # Of counters nothing is measured.
-    value, energy = jax.lax.pmean((value, 0.5 * tree_math.vdot(away, away)), axis_name)
+    value, energy = mean_over((value, 0.5 * tree_math.vdot(away, away)), axis_name)
     return tree_math.ratio_or_zero(value, energy).astype(jnp.result_type(float))
 
 

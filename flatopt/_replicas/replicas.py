@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from flatopt._core import checks, rng, tree_math
 
@@ -36,14 +36,23 @@ def mean_over(tree: Any, axis_name: AxisName) -> Any:
     def leaf(x: jax.Array) -> jax.Array:
         inexact = has_mean(x)
         wide = x.astype(tree_math.accumulator_dtype(x.dtype) if x.dtype != bool else jnp.int32)
-        # On explicitly sharded arrays JAX cannot map a reduction over a `vmap` axis; a gather it
-        # can, and there that moves nothing.
-        if any(axis is not None for axis in jax.typeof(x).sharding.spec):
+        if _must_be_gathered(x):
             everyone = jax.lax.all_gather(wide, axis_name)
             return jnp.mean(everyone, 0) if inexact else jnp.max(everyone, 0)
         return (jax.lax.pmean if inexact else jax.lax.pmax)(wide, axis_name)
 
     return tree if axis_name == () else jax.tree.map(leaf, tree)
+
+
+def _must_be_gathered(x: jax.Array) -> bool:
+    """Whether the axes of the mesh are explicit, other than inside `jax.shard_map`.
+
+    JAX cannot map a reduction over a `vmap` axis there; a gather it can, and it moves nothing.
+    """
+    sharding = jax.typeof(x).sharding
+    kinds = sharding.mesh.axis_types or ()
+    whole = AxisType.Explicit in kinds and AxisType.Manual not in kinds
+    return whole or any(axis is not None for axis in sharding.spec)
 
 
 def barycentre(params: optax.Params, axis_name: AxisName | None = None) -> optax.Params:
@@ -140,7 +149,7 @@ def own_axis(axis_name: AxisName | None) -> AxisName:
 
 def agreed(step: jax.Array, axis_name: AxisName) -> jax.Array:
     """`step`, which all replicas share, so that what depends on it is one branch for them all."""
-    return jax.lax.pmax(step, axis_name) if axis_name == LEADING_AXIS else step
+    return mean_over(step, axis_name) if axis_name == LEADING_AXIS else step
 
 
 def for_each(function: Callable[..., Any], axis_name: AxisName | None) -> Callable[..., Any]:
