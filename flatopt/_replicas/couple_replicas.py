@@ -75,7 +75,7 @@ def couple_replicas(
     References:
       Baldassi et al., arXiv:1605.06444; Pittorino et al., arXiv:2006.07897
 
-    Cost: 0 extra gradients; 0 copies (+1 temporary).
+    Cost: 0 extra gradients; 0 copies; 1 mean over the replicas.
     """
     checks.check_number("strength", strength, low=0.0)
     checks.check_count("automatic", automatic, 1)

@@ -76,16 +76,14 @@ def parle(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Parle: Entropy-SGD in parallel, with an elastic pull to the barycentre.
 
-    .. math:: d = \nabla L_a(y) + \gamma (y - x_a), \; y \leftarrow y - \eta (d + v), \;
-      z_a \leftarrow a z_a + (1 - a) y; \quad \text{after each L-th}\;
-      D = (x_a - z_a) + \rho (x_a - \bar z), \; x_a, y \leftarrow y - \eta (D + V)
+    .. math:: y \leftarrow y - \eta (d + v), \; d = \nabla L_a(y) + \gamma (y - x_a), \quad
+      x_a, y \leftarrow y - \eta (D + V), \; D = (x_a - z_a) + \rho (x_a - \bar z)
 
     Args:
       learning_rate: :math:`\eta` >= 0 of both: a number, a traced array, or a schedule.
       gamma, rho: strength >= 0 of the springs to the anchor x and to the barycentre: likewise.
-      every: L >= 1, updates between two synchronisations; None is 25. Static.
-      momentum: :math:`\beta` of both, v and V, in [0, 1).
-      averaging: a, in [0, 1), weight of the past in the running mean z.
+      every: L >= 1, updates from one synchronisation, the second step, to the next; None is 25.
+      momentum, averaging: weight of the past, in [0, 1), in v and V, and in the mean z of y.
       axis_name: as for `couple_replicas`. Static.
 
     Returns:
@@ -100,7 +98,7 @@ def parle(
     References:
       Chaudhari et al. Parle: Parallelizing Stochastic Gradient Descent. arXiv:1707.00424
 
-    Cost: 0 extra gradients; 4 copies (+1 temporary).
+    Cost: 0 extra gradients; 4 copies; 1 mean over the replicas every L updates.
     """
     for name, rate in (("learning_rate", learning_rate), ("gamma", gamma), ("rho", rho)):
         checks.check_number(name, rate, low=0.0)

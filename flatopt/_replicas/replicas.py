@@ -78,7 +78,7 @@ def barycentre(params: optax.Params, axis_name: AxisName | None = None) -> optax
       Baldassi et al. Unreasonable Effectiveness of Learning Neural Networks: From Accessible States
       and Robust Ensembles to Basic Algorithmic Schemes. arXiv:1605.06444
 
-    Cost: 0 extra gradients; 0 copies (+1 temporary).
+    Cost: 0 extra gradients; 0 copies.
     """
     if axis_name is None:
         one = lambda replica: barycentre(replica, LEADING_AXIS)  # noqa: E731
@@ -123,7 +123,7 @@ def replicate_params(
     References:
       Pittorino et al. Entropic gradient descent algorithms and wide flat minima. arXiv:2006.07897
 
-    Cost: 0 extra gradients; n copies.
+    Cost: 0 extra gradients; `number` copies.
     """
     checks.check_count("number", number, 1)
     checks.check_number("std", std, low=0.0, schedule_allowed=False)
