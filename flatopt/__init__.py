@@ -35,8 +35,9 @@ from flatopt._averaging.wasam import wasam
 from flatopt._core.eval_params import HoldsEvalParams, eval_params, holds_eval_params
 from flatopt._core.grad_fn import GradFn, GradientFunction, make_grad_fn
 from flatopt._entropy.entropy_sgd import entropy_sgd
+from flatopt._entropy.exponential_scoping import exponential_scoping
 from flatopt._entropy.langevin import langevin
-from flatopt._entropy.local_entropy import exponential_scoping, local_entropy
+from flatopt._entropy.local_entropy import local_entropy
 from flatopt._monitoring import (
     CosineState,
     DistanceState,

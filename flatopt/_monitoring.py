@@ -100,10 +100,7 @@ def record_gradient_norm() -> optax.GradientTransformationExtraArgs:
         return GradientNormState(jnp.zeros([], tree_math.scalar_dtype(params)))
 
     def update_fn(
-        updates: optax.Updates,
-        state: GradientNormState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: Any, state: GradientNormState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, GradientNormState]:
         del params, extra_args
         return updates, GradientNormState(tree_math.norm(updates).astype(state.gradient_norm.dtype))
@@ -142,23 +139,20 @@ def record_sharpness(
 
     Cost: 0 extra gradients; 0 copies (+1 temporary), and a second state of the perturbation.
     """
-    perturbation = optax.with_extra_args_support(perturbation)
-    inner = optax.with_extra_args_support(combiner or optax.identity())
+    perturbation = checks.as_transformation("perturbation", perturbation)
+    inner = checks.as_transformation("combiner", combiner or optax.identity())
 
     def init_fn(params: optax.Params) -> SharpnessState:
-        return SharpnessState(
-            step=jnp.zeros([], jnp.int32),
-            sharpness=jnp.zeros([], tree_math.scalar_dtype(params)),
-            perturbation_state=perturbation.init(params),
-            combiner_state=inner.init(params),
-        )
+        flat = jnp.zeros([], tree_math.scalar_dtype(params))
+        step = jnp.zeros([], jnp.int32)
+        return SharpnessState(step, flat, perturbation.init(params), inner.init(params))
 
     def update_fn(
-        updates: optax.Updates,
+        updates: Any,
         state: SharpnessState,
-        params: optax.Params | None = None,
+        params: Any = None,
         *,
-        clean_updates: optax.Updates | None = None,
+        clean_updates: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SharpnessState]:
         if clean_updates is None:
@@ -175,12 +169,8 @@ def record_sharpness(
         updates, combiner_state = inner.update(
             updates, state.combiner_state, params, clean_updates=clean_updates, **extra_args
         )
-        return updates, SharpnessState(
-            optax.safe_increment(state.step),
-            rise.astype(state.sharpness.dtype),
-            perturbation_state,
-            combiner_state,
-        )
+        step, rise = optax.safe_increment(state.step), rise.astype(state.sharpness.dtype)
+        return updates, SharpnessState(step, rise, perturbation_state, combiner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -213,16 +203,13 @@ def record_distance(
 
     Cost: 0 extra gradients; 0 copies (+1 temporary) beside those of `average`.
     """
-    average = optax.with_extra_args_support(average)
+    average = checks.as_transformation("average", average)
 
     def init_fn(params: optax.Params) -> DistanceState:
         return DistanceState(jnp.zeros([], tree_math.scalar_dtype(params)), average.init(params))
 
     def update_fn(
-        updates: optax.Updates,
-        state: DistanceState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: Any, state: DistanceState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, DistanceState]:
         checks.require_params("record_distance", params)
         updates, average_state = average.update(updates, state.average_state, params, **extra_args)
@@ -262,7 +249,7 @@ def record_cosine(
 
     Cost: 0 extra gradients; 0 copies.
     """
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = checks.as_transformation("optimizer", optimizer)
 
     def init_fn(params: optax.Params) -> CosineState:
         inner_state = optimizer.init(params)
@@ -270,10 +257,7 @@ def record_cosine(
         return CosineState(jnp.zeros([], tree_math.scalar_dtype(params)), inner_state)
 
     def update_fn(
-        updates: optax.Updates,
-        state: CosineState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: Any, state: CosineState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, CosineState]:
         momentum = momenta.find_first(state.inner_state, updates, "record_cosine")
         met = cosine(momentum, updates).astype(state.cosine.dtype)

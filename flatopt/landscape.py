@@ -28,7 +28,7 @@ class Plane(NamedTuple):
 
 
 def random_direction(
-    key: jax.typing.ArrayLike, params: optax.Params, normalization: str = "filter"
+    key: jax.typing.ArrayLike, params: optax.Params, normalisation: str = "filter"
 ) -> optax.Params:
     r"""A random direction in units of the parameters.
 
@@ -37,7 +37,7 @@ def random_direction(
     Args:
       key: random key or integer seed. One key gives the same noise for every network of one shape.
       params: where the direction will start.
-      normalization: "filter": each filter of the direction is as long as that filter of `params`,
+      normalisation: "filter": each filter of the direction is as long as that filter of `params`,
         a filter being what leads to one output unit, the last axis of a kernel; biases and scales
         do not move. "leaf": one length for each leaf. "none": standard normal. Static.
 
@@ -45,7 +45,7 @@ def random_direction(
       A tree like `params`.
 
     Raises:
-      ValueError: if `normalization` is unknown.
+      ValueError: if `normalisation` is unknown.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -61,15 +61,15 @@ def random_direction(
     Notes:
       Costs no loss. What a picture along it shows does not depend on the scale of the filters.
     """
-    if normalization not in ("filter", "leaf", "none"):
-        raise ValueError(f"normalization={normalization!r} must be one of filter, leaf, none.")
+    if normalisation not in ("filter", "leaf", "none"):
+        raise ValueError(f"normalisation={normalisation!r} must be one of filter, leaf, none.")
 
     def leaf(noise: jax.Array, param: jax.Array) -> jax.Array:
-        if normalization == "none":
+        if normalisation == "none":
             return noise
-        if normalization == "filter" and param.ndim < 2:
+        if normalisation == "filter" and param.ndim < 2:
             return jnp.zeros_like(param)
-        axes = tuple(range(param.ndim - 1)) if normalization == "filter" else None
+        axes = tuple(range(param.ndim - 1)) if normalisation == "filter" else None
         lengths = [jnp.sqrt(jnp.sum(x**2, axes, keepdims=True)) for x in (param, noise)]
         return noise * (lengths[0] / (lengths[1] + tree_math.EPSILON)).astype(noise.dtype)
 

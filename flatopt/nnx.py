@@ -218,20 +218,7 @@ def recompute_batch_stats(
       variance is the mean of the batches' variances, as in the SWA authors' code. A layer that is
       called twice in one pass keeps the statistics of the second call.
     """
-    working = nnx.clone(model)
-    working.train()
-    layers = [
-        (path, layer)
-        for path, layer in nnx.iter_modules(working)
-        if isinstance(layer, nnx.BatchNorm)
-    ]
-    if not layers:
-        raise ValueError("model has no nnx.BatchNorm layer: there are no statistics to recompute.")
-    for _, layer in layers:
-        layer.momentum = 0.0  # The copy's layers store what the last batch showed them.
-        for stored in (layer.mean, layer.var):
-            stored[...] = jnp.zeros_like(stored[...])
-    paths = {path for path, _ in layers}
+    working, paths = _ready_to_measure(model)
     graphdef, state = nnx.split(working)
 
     @jax.jit
@@ -253,6 +240,22 @@ def recompute_batch_stats(
         if isinstance(module, nnx.BatchNorm):
             module.mean[...], module.var[...] = mean[*path, "mean"], mean[*path, "var"]
     return result
+
+
+def _ready_to_measure(model: Model) -> tuple[Model, set[Any]]:
+    """A copy whose BatchNorm layers store what the last batch showed them, and their paths."""
+    working = nnx.clone(model)
+    working.train()
+    paths = set()
+    for path, layer in nnx.iter_modules(working):
+        if isinstance(layer, nnx.BatchNorm):
+            paths.add(path)
+            layer.momentum = 0.0
+            for stored in (layer.mean, layer.var):
+                stored[...] = jnp.zeros_like(stored[...])
+    if not paths:
+        raise ValueError("model has no nnx.BatchNorm layer: there are no statistics to recompute.")
+    return working, paths
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Lookahead (Zhang et al., arXiv:1907.08610): slow weights, to which fast ones come back."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -74,28 +73,18 @@ def lookahead(
     Cost: 0 extra gradients; 1 copy, with `pull_back` the inner state once more.
     """
     checks.check_number("slow_step_size", slow_step_size, low=0.0, high=1.0)
-    if reset_state and pull_back:
-        raise ValueError(
-            "reset_state=True and pull_back=True exclude each other: the momenta either start anew "
-            "or go on from between the old and the new ones."
-        )
-    optimizer = optax.with_extra_args_support(optimizer)
+    _check_momenta(reset_state, pull_back)
+    optimizer = checks.as_transformation("optimizer", optimizer)
     keeps_fast = checks.is_number(slow_step_size, 1)  # Adding 0 would still change how XLA rounds.
     when = Every.after_update(start, 5 if every is None else every)
 
     def init_fn(params: optax.Params) -> LookaheadState:
-        return LookaheadState(
-            step=jnp.zeros([], jnp.int32),
-            inner_state=optimizer.init(params),
-            slow=means.copy(params, accumulator_dtype),
-            slow_state=optimizer.init(params) if pull_back else optax.EmptyState(),
-        )
+        state, slow = optimizer.init(params), means.copy(params, accumulator_dtype)
+        before = optimizer.init(params) if pull_back else optax.EmptyState()
+        return LookaheadState(jnp.zeros([], jnp.int32), state, slow, before)
 
     def update_fn(
-        updates: optax.Updates,
-        state: LookaheadState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: Any, state: LookaheadState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, LookaheadState]:
         checks.require_params("lookahead", params)
         step, alpha = optax.safe_increment(state.step), value_at(slow_step_size, state.step)
@@ -103,25 +92,29 @@ def lookahead(
         fast, slow, slow_state = optax.apply_updates(params, moves), state.slow, state.slow_state
         if when.begin > 0:  # Until then the slow weights are the fast ones.
             slow = optax.tree.where(step <= when.begin, optax.tree.cast_like(fast, slow), slow)
-        # A branch would keep these passes from being one with those of the inner optimiser.
         due = when.is_due(step)
-        if keeps_fast:
-            landed = optax.tree.cast_like(fast, slow)
-        else:
-            target = synchronise(slow, fast, alpha)
-            moves = optax.tree.where(due, means.moves(target, params, moves), moves)
-            # Where the parameters land, not `target`: the two are one, and XLA takes one pass less.
-            landed = means.landed(target, params, moves)
-        slow = optax.tree.where(due, landed, slow)
-
+        moves, landed = (
+            (moves, fast) if keeps_fast else _land(due, slow, fast, alpha, params, moves)
+        )
+        slow = optax.tree.where(due, optax.tree.cast_like(landed, slow), slow)
         if pull_back:
             inner_state, slow_state = _pull_back(due, inner_state, slow_state, alpha, params)
         if reset_state:
-            landing = optax.tree.cast_like(slow, params)
-            inner_state = _reset(due, inner_state, optimizer.init, landing)
+            inner_state = momenta.reset_if(due, inner_state, optimizer.init, slow, params)
         return moves, LookaheadState(step, inner_state, slow, slow_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _land(
+    due: jax.Array, slow: Any, fast: Any, alpha: Any, params: Any, moves: Any
+) -> tuple[optax.Updates, optax.Params]:
+    """The moves that lead to where the weights meet, if it is `due`, and where they lead."""
+    target = synchronise(slow, fast, alpha)
+    # Chosen entry by entry: a branch would keep these passes from being one with the optimiser's.
+    moves = optax.tree.where(due, means.moves(target, params, moves), moves)
+    # Where the parameters land, not `target`: the two are one, and XLA takes one pass less.
+    return moves, means.landed(target, params, moves)
 
 
 def _pull_back(
@@ -136,9 +129,9 @@ def _pull_back(
     return tree_math.apply_if(due, meet, (fast, slow))
 
 
-def _reset(
-    due: jax.Array, state: optax.OptState, init: Callable[[Any], Any], params: optax.Params
-) -> optax.OptState:
-    """The momenta start anew at `params`, if it is `due`."""
-    # The fresh state is made where it is needed, so that no zeros are kept elsewhere.
-    return tree_math.apply_if(due, lambda own: momenta.reset(own, init(params), params), state)
+def _check_momenta(reset_state: Any, pull_back: Any) -> None:
+    if reset_state and pull_back:
+        raise ValueError(
+            "reset_state=True and pull_back=True exclude each other: the momenta either start anew "
+            "or go on from between the old and the new ones."
+        )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, means, momenta, tree_math
+from flatopt._core import checks, means, momenta
 from flatopt._core.timing import LAST, Every
 
 
@@ -88,7 +88,7 @@ def periodic_swa(
     when = Every.after_update(start, every)
     checks.check_count("stop", stop, 0)
     _check_periods(period, when.every)
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = checks.as_transformation("optimizer", optimizer)
 
     def init_fn(params: optax.Params) -> PeriodicSwaState:
         step, number, restarts = (jnp.zeros([], jnp.int32) for _ in range(3))
@@ -96,35 +96,24 @@ def periodic_swa(
         return PeriodicSwaState(step, number, restarts, optimizer.init(params), mean)
 
     def update_fn(
-        updates: optax.Updates,
-        state: PeriodicSwaState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: Any, state: PeriodicSwaState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, PeriodicSwaState]:
         checks.require_params("periodic_swa", params)
         step = optax.safe_increment(state.step)
         updates, inner_state = optimizer.update(updates, state.inner_state, params, **extra_args)
 
         due = when.is_due(step)
-        again = due & ends_period(step, when.begin, period)
-        if stop is not None:
-            again &= step <= min(stop, LAST)
+        last = LAST if stop is None else min(stop, LAST)
+        again = due & ends_period(step, when.begin, period) & (step <= last)
         number = jnp.where(due, optax.safe_increment(state.number), state.number)
         mean = take_in(state.mean, optax.apply_updates(params, updates), number)
         mean = optax.tree.where(due, mean, state.mean)
         updates = optax.tree.where(again, means.moves(mean, params, updates), updates)
 
-        def restart(inner_state: optax.OptState) -> optax.OptState:
-            fresh = optimizer.init(optax.tree.cast_like(mean, params))
-            return momenta.reset(inner_state, fresh, params)
-
-        return updates, PeriodicSwaState(
-            step=step,
-            number=jnp.where(again, 0, number),
-            restarts=jnp.where(again, optax.safe_increment(state.restarts), state.restarts),
-            inner_state=tree_math.apply_if(again, restart, inner_state),
-            mean=mean,
-        )
+        inner_state = momenta.reset_if(again, inner_state, optimizer.init, mean, params)
+        number = jnp.where(again, 0, number)
+        restarts = jnp.where(again, optax.safe_increment(state.restarts), state.restarts)
+        return updates, PeriodicSwaState(step, number, restarts, inner_state, mean)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -95,8 +95,7 @@ def swa_schedule(
     checks.check_number("swa_value", swa_value, low=0.0)
     checks.check_number("transition_steps", transition_steps, low=0.0)
     checks.check_number("transition_begin", transition_begin, low=0.0)
-    if shape not in _SHAPES:
-        raise ValueError(f"shape={shape!r} is unknown: it must be one of {', '.join(_SHAPES)}.")
+    checks.check_choice("shape", shape, _SHAPES)
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         since = jnp.asarray(count) - transition_begin

@@ -1,7 +1,7 @@
 """Argument checks: each error names the argument, its value, the allowed range and the mend."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -69,6 +69,12 @@ def check_count(name: str, value: int | None, low: int) -> None:
         )
     if value < low:
         raise ValueError(f"{name}={value} is out of range: it must be at least {low}.")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raises unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}.")
 
 
 def is_number(value: optax.ScalarOrSchedule, number: float) -> bool:

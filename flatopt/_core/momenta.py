@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 
 from flatopt._core import means, tree_math
@@ -34,6 +35,20 @@ def reset(state: optax.OptState, fresh: optax.OptState, params: Any) -> optax.Op
         return other if name in COMPANIONS or _is_momentum(name) else own
 
     return _walk(state, fresh, renew, _types_in(params))
+
+
+def reset_if(
+    due: jax.Array, state: Any, init: Callable[[Any], Any], point: Any, params: optax.Params
+) -> Any:
+    """`state` with its momenta as `init` makes them at `point`, if it is `due`.
+
+    The fresh state is made where it is needed, so that no zeros are kept elsewhere.
+    """
+
+    def start_anew(own: Any) -> Any:
+        return reset(own, init(optax.tree.cast_like(point, params)), params)
+
+    return tree_math.apply_if(due, start_anew, state)
 
 
 def towards(

@@ -53,9 +53,14 @@ def pittorino_step(y: Any, v: Any, g: Any, w: Any, xi: Any, now: Numbers) -> tup
     return y + d + now.beta * v + xi, v
 
 
-def filter_direction(b: Any, d: Any, beta: Any, damp: Any) -> Any:
-    r"""The outer momentum, :math:`\beta b + (1 - \delta) d`."""
-    return jax.tree.map(lambda b, d: (beta * b + (1 - damp) * d).astype(b.dtype), b, d)
+def outer_step(b: Any, d: Any, w: Any, now: Numbers, damp: Any, nesterov: Any) -> tuple[Any, Any]:
+    r"""SGD's momentum: :math:`D = d + \lambda w, b \leftarrow \beta b + (1 - \delta) D`.
+
+    Returns the direction to step along, D + beta b or b, and the new b.
+    """
+    d = tree_math.add_scaled(d, now.decay, w)
+    b = jax.tree.map(lambda b, d: (now.beta * b + (1 - damp) * d).astype(b.dtype), b, d)
+    return (tree_math.add_scaled(d, now.beta, b) if nesterov else b), b
 
 
 class Form(NamedTuple):
@@ -167,21 +172,15 @@ def entropy_sgd(
         return EntropySgdState(jnp.zeros([], jnp.int32), trace, loop.init(params))
 
     def update_fn(
-        updates: optax.Updates,
-        state: EntropySgdState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: Any, state: EntropySgdState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, EntropySgdState]:
         d, inner = loop.update(updates, state.local_entropy_state, params, **extra_args)
         now, b = outer.at(state.step), state.trace
+        if program.outer_momentum:
+            b = optax.tree.where(state.step == 0, updates, b) if program.seeded else b
+            d, b = outer_step(b, d, params, now, damp=dampening, nesterov=nesterov)
         # The rate, not the gradient: the momentum holds distances, whatever gamma was.
         eta = now.eta * now.gamma * inner.unit if scaled else now.eta
-        if program.outer_momentum:
-            d = tree_math.add_scaled(d, now.decay, params)
-            if program.seeded:
-                b = optax.tree.where(state.step == 0, updates, b)
-            b = filter_direction(b, d, now.beta, dampening)
-            d = tree_math.add_scaled(d, now.beta, b) if nesterov else b
         step = optax.safe_increment(state.step)
         return tree_math.scale(-eta, d), EntropySgdState(step, b, inner)
 
@@ -190,8 +189,7 @@ def entropy_sgd(
 
 def _program(form: str, nesterov: bool, dampening: Any) -> Form:
     """The form with its knobs set; raises where it has none."""
-    if form not in FORMS:
-        raise ValueError(f"form={form!r} must be one of {', '.join(FORMS)}.")
+    checks.check_choice("form", form, FORMS)
     checks.check_number(
         "dampening", dampening, low=0.0, high=1.0, high_allowed=False, schedule_allowed=False
     )

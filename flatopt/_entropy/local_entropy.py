@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._core import checks, rng, tree_math
-from flatopt._core.grad_fn import GradientFunction
 from flatopt._core.timing import value_at
 from flatopt._entropy.langevin import thermal_noise
 
@@ -21,12 +20,14 @@ class Numbers(NamedTuple):
       gamma: stiffness of the spring.
       decay: coefficient of the L2 penalty.
       beta: momentum.
+      past: weight of the past in the mean.
     """
 
     eta: Any
     gamma: Any
     decay: Any
     beta: Any
+    past: Any = 0.75  # A constant of the published programs.
 
     def at(self, step: jax.Array) -> "Numbers":
         """The values at `step`."""
@@ -48,6 +49,11 @@ def momentum_step(y: Any, v: Any, g: Any, w: Any, xi: Any, now: Numbers) -> tupl
     d = -now.eta * (g + now.decay * y)
     v = now.beta * v + d
     return y + d + now.beta * v - now.eta * now.gamma * (y - w) + xi, v
+
+
+def follow(mean: Any, y: Any, past: Any) -> Any:
+    r""":math:`a \mu + (1 - a) y`, over a tree."""
+    return jax.tree.map(lambda m, y: (past * m + (1 - past) * y).astype(m.dtype), mean, y)
 
 
 def unit_of_gamma(value: Any, away: optax.Updates) -> jax.Array:
@@ -113,57 +119,34 @@ def local_entropy(
     """
     checks.check_count("num_steps", num_steps, 0)
     checks.check_count("automatic", automatic, 1)
-    _check_ranges(gamma, inner_learning_rate, weight_decay, momentum, averaging)
-    numbers = Numbers(inner_learning_rate, gamma, weight_decay, momentum)
+    numbers = Numbers(inner_learning_rate, gamma, weight_decay, momentum, averaging)
+    _check_ranges(numbers)
     if inner_step is None:
         inner_step = langevin_step if checks.is_number(momentum, 0) else momentum_step
     draw = _noise(noise, inner_learning_rate, key)
-    first = 1 if initial_gradient and num_steps else 0  # The first inner step that evaluates.
+    loop = _Loop(inner_step, draw, num_steps, first=1 if initial_gradient and num_steps else 0)
 
     def init_fn(params: optax.Params) -> LocalEntropyState:
         one = jnp.ones([], jnp.result_type(float))
         return LocalEntropyState(jnp.zeros([], jnp.int32), one, draw.init(params))
 
     def update_fn(
-        updates: optax.Updates,
-        state: LocalEntropyState,
-        params: optax.Params | None = None,
-        *,
-        grad_fn: GradientFunction | None = None,
-        value: jax.typing.ArrayLike | None = None,
-        **extra_args: Any,
+        updates: Any, state: LocalEntropyState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, LocalEntropyState]:
         checks.require_params("local_entropy", params)
-        _require_value(automatic, value)
-        now = numbers.at(state.step)
-        measures = False if automatic is None else state.step < automatic
-        pull = now.gamma * state.unit
-        pulled = now._replace(gamma=pull if measures is False else jnp.where(measures, 0, pull))
-        extra_args["step"] = state.step
-
-        def descend(number: Any, grads: optax.Updates, carry: Any) -> Any:
-            y, mu, v, noise_state = carry
-            still = optax.tree.zeros_like(y)
-            xi, noise_state = draw.update(still, noise_state, y, **extra_args, inner_step=number)
-            y, v = _step_tree(inner_step, y, v, grads, params, xi, pulled)
-            return y, _follow(mu, y, value_at(averaging, state.step)), v, noise_state
-
-        def body(number: Any, carry: Any) -> Any:
-            point = optax.tree.cast_like(carry[0], params)
-            return descend(number, gradient(point, number - first), carry)
-
-        start = _wide(params)
-        carry = (start, start, _momentum(inner_step, start), state.noise_state)
-        if first:
-            carry = descend(jnp.zeros([], jnp.int32), updates, carry)
-        if num_steps > first:
-            gradient = checks.require_grad_fn("local_entropy", grad_fn, params)
-            carry = jax.lax.fori_loop(first, num_steps, body, carry)
-        _, mu, _, noise_state = carry
-
-        away, unit = optax.tree.sub(start, mu), state.unit
+        now, unit = numbers.at(state.step), state.unit
+        pull = now.gamma * unit
         if automatic is not None:
-            unit = jnp.where(measures, unit_of_gamma(value, away), unit).astype(unit.dtype)
+            _require_value(extra_args.get("value"))
+            measures = state.step < automatic
+            pull = jnp.where(measures, 0, pull)
+        extra_args["step"] = state.step
+        away, noise_state = _explore(
+            loop, now._replace(gamma=pull), updates, params, state.noise_state, extra_args
+        )
+        if automatic is not None:
+            found = unit_of_gamma(extra_args["value"], away)
+            unit = jnp.where(measures, found, unit).astype(unit.dtype)
         if num_steps:
             factor = now.gamma * unit if scale_by_gamma else 1
             updates = optax.tree.cast_like(tree_math.scale(factor, away), updates)
@@ -172,16 +155,62 @@ def local_entropy(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_ranges(gamma: Any, learning_rate: Any, decay: Any, momentum: Any, past: Any) -> None:
-    rates = {"gamma": gamma, "inner_learning_rate": learning_rate, "weight_decay": decay}
-    for name, rate in rates.items():
+class _Loop(NamedTuple):
+    """What does not change from update to update.
+
+    Attributes:
+      step: of one array.
+      draw: adds the noise of a step to zeros.
+      num_steps: how many steps.
+      first: the first step that evaluates a gradient: 1 if the incoming one serves the one before.
+    """
+
+    step: InnerStep
+    draw: optax.GradientTransformationExtraArgs
+    num_steps: int
+    first: int
+
+
+def _explore(
+    loop: _Loop, now: Numbers, updates: Any, params: Any, noise_state: Any, extra_args: Any
+) -> tuple[optax.Updates, optax.OptState]:
+    """How far the mean of the loop lies behind the weights, and the new state of the noise."""
+    extra_args = dict(extra_args)
+    grad_fn = extra_args.pop("grad_fn", None)
+    extra_args.pop("value", None)
+    start = jax.tree.map(lambda w: w.astype(tree_math.accumulator_dtype(w.dtype)), params)
+    still = optax.tree.zeros_like(start)
+
+    def descend(number: Any, grads: optax.Updates, carry: Any) -> Any:
+        y, mu, v, noise_state = carry
+        xi, noise_state = loop.draw.update(still, noise_state, y, **extra_args, inner_step=number)
+        y, v = _step_tree(loop.step, y, v, grads, params, xi, now)
+        return y, follow(mu, y, now.past), v, noise_state
+
+    carry = (start, start, _no_momentum_yet(loop.step, start), noise_state)
+    if loop.first:
+        carry = descend(jnp.zeros([], jnp.int32), updates, carry)
+    if loop.num_steps > loop.first:
+        gradient = checks.require_grad_fn("local_entropy", grad_fn, params)
+
+        def body(number: Any, carry: Any) -> Any:
+            grads = gradient(optax.tree.cast_like(carry[0], params), number - loop.first)
+            return descend(number, grads, carry)
+
+        carry = jax.lax.fori_loop(loop.first, loop.num_steps, body, carry)
+    return optax.tree.sub(start, carry[1]), carry[3]
+
+
+def _check_ranges(numbers: Numbers) -> None:
+    rates = {"inner_learning_rate": numbers.eta, "gamma": numbers.gamma}
+    for name, rate in (rates | {"weight_decay": numbers.decay}).items():
         checks.check_number(name, rate, low=0.0)
-    for name, share in {"momentum": momentum, "averaging": past}.items():
+    for name, share in {"momentum": numbers.beta, "averaging": numbers.past}.items():
         checks.check_number(name, share, low=0.0, high=1.0, high_allowed=False)
 
 
-def _require_value(automatic: int | None, value: Any) -> None:
-    if automatic is not None and value is None:
+def _require_value(value: Any) -> None:
+    if value is None:
         raise ValueError(
             "flatopt.local_entropy(automatic=...) measures gamma in units of the loss. Call "
             "`tx.update(grads, opt_state, params, value=loss, grad_fn=grad_fn)`."
@@ -197,20 +226,11 @@ def _noise(noise: Any, learning_rate: Any, key: rng.KeyLike) -> Any:
     return thermal_noise(learning_rate, temperature, key)
 
 
-def _wide(params: optax.Params) -> optax.Params:
-    return jax.tree.map(lambda w: w.astype(tree_math.accumulator_dtype(w.dtype)), params)
-
-
-def _momentum(inner_step: InnerStep, start: optax.Params) -> optax.Params:
+def _no_momentum_yet(step: InnerStep, start: optax.Params) -> optax.Params:
     """Zeros like the weights, or one number a leaf where the step keeps no momentum."""
-    if inner_step is langevin_step:
+    if step is langevin_step:
         return jax.tree.map(lambda w: jnp.zeros([], w.dtype), start)
     return optax.tree.zeros_like(start)
-
-
-def _follow(mean: optax.Params, point: optax.Params, past: Any) -> optax.Params:
-    r""":math:`a \mu + (1 - a) y`."""
-    return jax.tree.map(lambda m, y: (past * m + (1 - past) * y).astype(m.dtype), mean, point)
 
 
 def _step_tree(step: InnerStep, y: Any, v: Any, g: Any, w: Any, xi: Any, now: Numbers) -> Any:
@@ -224,44 +244,3 @@ def _step_tree(step: InnerStep, y: Any, v: Any, g: Any, w: Any, xi: Any, now: Nu
     pairs = [leaf(*leaves) for leaves in zip(*trees, strict=True)]
     structure = jax.tree.structure(y)
     return tuple(jax.tree.unflatten(structure, [pair[i] for pair in pairs]) for i in (0, 1))
-
-
-def exponential_scoping(
-    init_value: float, rate: float, *, every: int | None = None, max_value: float | None = None
-) -> optax.Schedule:
-    r"""A stiffness that grows exponentially: Entropy-SGD's scoping, Parle's and rSGD's focusing.
-
-    .. math:: \gamma_t = \min\{ \gamma_0 (1 + r)^{\lfloor t / k \rfloor}, \gamma_{max} \}
-
-    Args:
-      init_value: :math:`\gamma_0` >= 0, the value at step 0.
-      rate: r >= 0, relative growth in one period; by a factor f in n periods: `f ** (1 / n) - 1`.
-      every: k >= 1, steps in a period; None is 1. Static.
-      max_value: :math:`\gamma_{max}` >= 0; None means no limit.
-
-    Returns:
-      A schedule: a function of the step count.
-
-    Examples:
-      >>> import flatopt
-      >>> gamma = flatopt.exponential_scoping(0.5, rate=0.1, every=10)
-      >>> print(gamma(0), gamma(9), gamma(20))
-      0.5 0.5 0.605
-
-    References:
-      Chaudhari et al. Entropy-SGD: Biasing Gradient Descent Into Wide Valleys. arXiv:1611.01838
-
-    Cost: 0 extra gradients; 0 copies.
-    """
-    checks.check_number("init_value", init_value, low=0.0)
-    checks.check_number("rate", rate, low=0.0)
-    checks.check_count("every", every, 1)
-    if max_value is not None:
-        checks.check_number("max_value", max_value, low=0.0)
-
-    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
-        periods = jnp.asarray(jnp.asarray(count) // (every or 1), jnp.result_type(float))
-        value = init_value * (1 + rate) ** periods
-        return value if max_value is None else jnp.minimum(value, max_value)
-
-    return schedule

@@ -59,15 +59,12 @@ def gradient_at(
     """
     checks.check_count("num_steps", num_steps, 1)
     when = Every.before_update(start, every)
-    perturbation = optax.with_extra_args_support(perturbation)
-    combiner = optax.with_extra_args_support(combiner or optax.identity())
+    perturbation = checks.as_transformation("perturbation", perturbation)
+    combiner = checks.as_transformation("combiner", combiner or optax.identity())
 
     def init_fn(params: optax.Params) -> GradientAtState:
-        return GradientAtState(
-            step=jnp.zeros([], jnp.int32),
-            perturbation_state=perturbation.init(params),
-            combiner_state=combiner.init(params),
-        )
+        step = jnp.zeros([], jnp.int32)
+        return GradientAtState(step, perturbation.init(params), combiner.init(params))
 
     def update_fn(
         updates: optax.Updates,
@@ -89,8 +86,9 @@ def gradient_at(
         def sharp(carry: Any) -> Any:
             clean, ascent, mixing = carry
             _, grads, ascent = stage.repeat(num_steps, climb, (params, clean, ascent))
-            kwargs = extra_args | {"clean_updates": clean}
-            grads, mixing = combiner.update(grads, mixing, params, **kwargs)
+            grads, mixing = combiner.update(
+                grads, mixing, params, clean_updates=clean, **extra_args
+            )
             return grads, ascent, mixing
 
         carry = (updates, state.perturbation_state, state.combiner_state)

@@ -160,8 +160,7 @@ def top_eigenvalues(
     _basis.check_at_most_dimension("k", k, size)
     checks.check_count("num_steps", num_steps, k)
     checks.check_number("tolerance", tolerance, low=0.0)
-    if which not in WHICH:
-        raise ValueError(f"which={which!r} must be one of {', '.join(WHICH)}.")
+    checks.check_choice("which", which, WHICH)
     steps = min(size, 4 * k + 40 if num_steps is None else num_steps)
     algorithm = _TopEigenvalues(operator, k, steps, float(tolerance), which, size)
     return _batches.run(algorithm, params, data, rng.as_key(key))

@@ -129,8 +129,7 @@ def keskar_sharpness(
     data = _batches.weigh(batches, weights)
     checks.check_number("epsilon", epsilon, low=0.0)
     checks.check_count("num_steps", num_steps, 1)
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}.")
+    checks.check_choice("method", method, METHODS)
     variables = _variables.prepare(loss_fn, params, data, mask)
     random_key = rng.as_key(key)
     if method == "projected":

@@ -280,10 +280,8 @@ def adaptive_sharpness(
       reference finds that none of these predicts generalisation reliably.
     """
     data = _batches.weigh(batches, weights)
-    if norm not in NORMS:
-        raise ValueError(f"norm={norm!r} must be one of {', '.join(NORMS)}.")
-    if case not in CASES:
-        raise ValueError(f"case={case!r} must be one of {', '.join(CASES)}.")
+    checks.check_choice("norm", norm, NORMS)
+    checks.check_choice("case", case, CASES)
     checks.check_number("rho", rho, low=0.0)
     checks.check_number("eta", eta, low=0.0)
     checks.check_count("num_steps", num_steps, 1)

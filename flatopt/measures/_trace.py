@@ -187,8 +187,7 @@ def trace(
       eigenvalue.
     """
     data = _batches.weigh(batches, weights)
-    if method not in _METHODS:
-        raise ValueError(f"method={method!r} must be one of {', '.join(_METHODS)}.")
+    checks.check_choice("method", method, _METHODS)
     each = _METHODS[method]
     checks.check_count("num_products", num_products, each)
     operator = _operator.make(loss_fn, params, data, mask, output_loss)

@@ -72,7 +72,7 @@ def test_constant_phase_start():
 def test_swa_schedule_jumps_without_a_transition(shape: str):
     schedule = flatopt.swa_schedule(0.1, 0.05, transition_steps=0, transition_begin=3, shape=shape)
     np.testing.assert_allclose([schedule(t) for t in (2, 3)], [0.1, 0.05])
-    with pytest.raises(ValueError, match="shape='step' is unknown"):
+    with pytest.raises(ValueError, match="shape='step' must be one of cosine, linear"):
         flatopt.swa_schedule(0.1, 0.05, transition_steps=1, shape="step")
     with pytest.raises(ValueError, match="swa_value=-1 is out of range"):
         flatopt.swa_schedule(0.1, -1, transition_steps=1)

@@ -121,7 +121,7 @@ def test_what_overflows_is_not_hidden():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: landscape.random_direction(0, jnp.ones(2), "best"), "normalization='best'"),
+        (lambda: landscape.random_direction(0, jnp.ones(2), "best"), "normalisation='best'"),
         (lambda: landscape.plane_through(jnp.zeros(2), jnp.ones(2), 2 * jnp.ones(2)), "one line"),
         (lambda: landscape.line(jnp.sum, jnp.ones(2), jnp.ones(2), positions=[]), "positions"),
         (lambda: landscape.line(jnp.sum, jnp.ones(2), jnp.ones(2), ()), "batches is empty"),
