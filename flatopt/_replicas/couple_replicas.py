@@ -8,7 +8,14 @@ import optax
 
 from flatopt._core import checks, tree_math
 from flatopt._core.timing import Every, value_at
-from flatopt._replicas.replicas import AxisName, agreed, for_each, mean_over, on_means, own_axis
+from flatopt._replicas.replicas import (
+    AxisName,
+    agreed,
+    along_replicas,
+    mean_over,
+    on_means,
+    own_axis,
+)
 
 
 class CoupleReplicasState(NamedTuple):
@@ -80,51 +87,39 @@ def couple_replicas(
     checks.check_number("strength", strength, low=0.0)
     checks.check_count("automatic", automatic, 1)
     off = checks.is_number(strength, 0) and automatic is None
-    when, period, axes = Every.after_update(None, every), every or 1, own_axis(axis_name)
-
-    def init_one(params: optax.Params) -> CoupleReplicasState:
-        del params
-        return CoupleReplicasState(jnp.zeros([], jnp.int32), jnp.ones([], jnp.result_type(float)))
+    when, axes = Every.after_update(None, every), own_axis(axis_name)
 
     def update_one(
-        updates: optax.Updates, state: CoupleReplicasState, params: optax.Params, *, value: Any
-    ) -> tuple[optax.Updates, CoupleReplicasState]:
-        step, unit = optax.safe_increment(state.step), state.unit
-        if off or jax.lax.axis_size(axes) == 1:
-            return updates, CoupleReplicasState(step, unit)
-        made = agreed(step, axes)
-
-        def pulled(grads: optax.Updates) -> optax.Updates:
-            gamma = value_at(strength, state.step) * unit * period
-            return pull(grads, params, mean_over(params, axes), gamma)
-
-        if automatic is None:
-            updates = when.run(made, pulled, updates)
-        else:
-            unit = _measure(made <= automatic, unit, value, params, axes)
-            due = (made > automatic) & when.is_due(made)
-            updates = tree_math.apply_if(due, pulled, updates)
-        return updates, CoupleReplicasState(step, unit)
-
-    def update_fn(
         updates: optax.Updates,
         state: CoupleReplicasState,
-        params: optax.Params | None = None,
+        params: optax.Params,
         *,
         value: jax.typing.ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, CoupleReplicasState]:
         del extra_args
-        checks.require_params("couple_replicas", params)
-        if automatic is not None and value is None:
-            raise ValueError(
-                "flatopt.couple_replicas(automatic=...) measures the strength in units of the "
-                "loss. Call `tx.update(grads, opt_state, params, value=loss)`."
-            )
-        value = None if value is None else jnp.mean(value)
-        return for_each(update_one, axis_name)(updates, state, params, value=value)
+        step, unit = optax.safe_increment(state.step), state.unit
+        _require_loss(automatic, value)
+        if off or jax.lax.axis_size(axes) == 1:
+            return updates, CoupleReplicasState(step, unit)
+        made = agreed(step, axes)
 
-    return optax.GradientTransformationExtraArgs(for_each(init_one, axis_name), update_fn)
+        def pulled(grads: optax.Updates) -> optax.Updates:
+            gamma = value_at(strength, state.step) * unit * (every or 1)
+            return pull(grads, params, mean_over(params, axes), gamma)
+
+        if automatic is None:
+            return when.run(made, pulled, updates), CoupleReplicasState(step, unit)
+        unit = _measure(made <= automatic, unit, value, params, axes)
+        due = (made > automatic) & when.is_due(made)
+        return tree_math.apply_if(due, pulled, updates), CoupleReplicasState(step, unit)
+
+    return along_replicas("couple_replicas", _init_one, update_one, axis_name)
+
+
+def _init_one(params: optax.Params) -> CoupleReplicasState:
+    del params
+    return CoupleReplicasState(jnp.zeros([], jnp.int32), jnp.ones([], jnp.result_type(float)))
 
 
 def _measure(
@@ -132,5 +127,13 @@ def _measure(
 ) -> jax.Array:
     """The unit of the strength, renewed while `measuring`."""
     return tree_math.apply_if(
-        measuring, lambda _: balancing_strength(value, params, axis_name), unit
+        measuring, lambda _: balancing_strength(jnp.mean(value), params, axis_name), unit
     )
+
+
+def _require_loss(automatic: int | None, value: Any) -> None:
+    if automatic is not None and value is None:
+        raise ValueError(
+            "flatopt.couple_replicas(automatic=...) measures the strength in units of the "
+            "loss. Call `tx.update(grads, opt_state, params, value=loss)`."
+        )

@@ -29,8 +29,7 @@ def neighbours(topology: str, number: int) -> list[np.ndarray]:
 
     The first is its own. Small graphs have fewer neighbours than directions: each counts once.
     """
-    if topology not in TOPOLOGIES:
-        raise ValueError(f"topology={topology!r} must be one of {', '.join(TOPOLOGIES)}.")
+    checks.check_choice("topology", topology, TOPOLOGIES)
     checks.check_count("number", number, 1)
     index = np.arange(number)
     if topology == "torus":
@@ -167,8 +166,7 @@ def gossip(
     Cost: 0 extra gradients; 0 copies; 1 exchange with each neighbour.
     """
     if isinstance(mixing, str):
-        if mixing not in TOPOLOGIES:
-            raise ValueError(f"mixing={mixing!r} must be one of {', '.join(TOPOLOGIES)}.")
+        checks.check_choice("mixing", mixing, TOPOLOGIES)
     elif not isinstance(mixing, jax.core.Tracer):
         _check_matrix(np.asarray(mixing))
     optimizer, axes = checks.as_transformation("optimizer", optimizer), own_axis(axis_name)

@@ -1,5 +1,6 @@
 """A wrapper that keeps replicas in its state, for training loops that know of one model only."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -87,15 +88,12 @@ def hold_replicas(
     checks.check_count("number", number, 1)
     checks.check_number("std", std, low=0.0, schedule_allowed=False)
     rng.check_key(key)
-    if evaluation not in EVALUATIONS:
-        raise ValueError(f"evaluation={evaluation!r} must be one of {', '.join(EVALUATIONS)}.")
+    checks.check_choice("evaluation", evaluation, EVALUATIONS)
     optimizer = checks.as_transformation("optimizer", optimizer)
 
     def init_fn(params: optax.Params) -> HoldReplicasState:
         replicas = replicate_params(params, number, std=std, key=key)
-        # One after another, not mapped: each state then lies on the devices as its replica does.
-        states = [optimizer.init(_pick(replicas, a)) for a in range(number)]
-        return HoldReplicasState(_others(replicas), _stack(states))
+        return HoldReplicasState(_others(replicas), _init_each(optimizer, replicas, number))
 
     def update_fn(
         updates: optax.Updates,
@@ -106,36 +104,47 @@ def hold_replicas(
         **extra_args: Any,
     ) -> tuple[optax.Updates, HoldReplicasState]:
         checks.require_params("hold_replicas", params)
-        if number > 1:
-            gradient = checks.require_grad_fn("hold_replicas", grad_fn, params)
-            # One after another: side by side, the activations of all would be in memory.
-            others, updates = jax.lax.optimization_barrier((state.others, updates))
-            grads = optax.tree.cast_like(_map(evaluation, gradient, others, number - 1), updates)
-        else:
-            grads = None
-
-        def update_one(grads: Any, inner_state: Any, replica: Any) -> Any:
-            own = {}
-            if grad_fn is not None:
-                own["grad_fn"] = _own_grad_fn(grad_fn, number, axis_name)
-            return optimizer.update(grads, inner_state, replica, **extra_args, **own)
-
+        grads = _all_gradients(evaluation, grad_fn, updates, params, state.others, number)
+        extra_args |= _own_grad_fn(grad_fn, number, axis_name)
         replicas = _join(params, state.others)
-        mapped = jax.vmap(update_one, axis_name=axis_name, axis_size=number)
-        moves, inner_state = mapped(_join(updates, grads), state.inner_state, replicas)
+        update = functools.partial(optimizer.update, **extra_args)
+        mapped = jax.vmap(update, axis_name=axis_name, axis_size=number)
+        moves, inner_state = mapped(grads, state.inner_state, replicas)
         others = _others(optax.apply_updates(replicas, moves))
         return _pick(moves, 0), HoldReplicasState(others, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _own_grad_fn(grad_fn: GradientFunction, number: int, axis_name: str) -> GradientFunction:
-    """`grad_fn` for the optimiser of the mapped replica."""
+def _init_each(optimizer: optax.GradientTransformation, replicas: Any, number: int) -> Any:
+    """The optimiser's states for all replicas."""
+    # One after another, not mapped: each state then lies on the devices as its replica does.
+    return _stack([optimizer.init(_pick(replicas, a)) for a in range(number)])
+
+
+def _all_gradients(
+    evaluation: str, grad_fn: Any, first: Any, params: optax.Params, others: Any, number: int
+) -> Any:
+    """The gradients of all replicas: `first`, that of replica 0, and those at `others`."""
+    if number == 1:
+        return _join(first, None)
+    gradient = checks.require_grad_fn("hold_replicas", grad_fn, params)
+    # One after another: side by side, the activations of all would be in memory.
+    others, first = jax.lax.optimization_barrier((others, first))
+    return _join(first, optax.tree.cast_like(_map(evaluation, gradient, others, number - 1), first))
+
+
+def _own_grad_fn(
+    grad_fn: GradientFunction | None, number: int, axis_name: str
+) -> dict[str, GradientFunction]:
+    """The argument `grad_fn` for the optimiser of the mapped replica, if there is one."""
+    if grad_fn is None:
+        return {}
 
     def own(point: optax.Params, i: jax.typing.ArrayLike) -> optax.Updates:
         return grad_fn(point, evaluation_number(i, jax.lax.axis_index(axis_name), number))
 
-    return own
+    return {"grad_fn": own}
 
 
 def _map(evaluation: str, gradient: Callable[..., Any], points: Any, number: int) -> Any:

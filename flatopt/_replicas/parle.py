@@ -11,8 +11,8 @@ from flatopt._core.timing import Every, value_at
 from flatopt._replicas.replicas import (
     AxisName,
     agreed,
+    along_replicas,
     barycentre,
-    for_each,
     has_mean,
     on_means,
     own_axis,
@@ -107,8 +107,9 @@ def parle(
     when, axes = Every.after_update(None, 25 if every is None else every), own_axis(axis_name)
 
     def update_one(
-        updates: optax.Updates, state: ParleState, params: optax.Params
+        updates: optax.Updates, state: ParleState, params: optax.Params, **extra_args: Any
     ) -> tuple[optax.Updates, ParleState]:
+        del extra_args
         step = optax.safe_increment(state.step)
         eta, beta = value_at(learning_rate, state.step), value_at(momentum, state.step)
         stiffness, past = value_at(gamma, state.step), value_at(averaging, state.step)
@@ -118,29 +119,17 @@ def parle(
         mean = running_mean(state.mean, point, past)
 
         def synchronise(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-            point, anchor, trace = carry
-            centre = barycentre(mean, axes)
-            direction = outer_direction(anchor, mean, centre, value_at(rho, state.step))
-            trace = add_to_momentum(trace, direction, beta)
-            point = descend(point, direction, trace, eta)
-            return point, point, trace
+            y, x, v = carry
+            d = outer_direction(x, mean, barycentre(mean, axes), value_at(rho, state.step))
+            v = add_to_momentum(v, d, beta)
+            y = descend(y, d, v, eta)
+            return y, y, v
 
         carry = (point, state.anchor, state.outer_trace)
         point, anchor, outer_trace = when.run(agreed(step, axes), synchronise, carry)
-        moves = jax.tree.map(_move, point, params)
-        return moves, ParleState(step, anchor, mean, inner_trace, outer_trace)
+        return _moves(point, params), ParleState(step, anchor, mean, inner_trace, outer_trace)
 
-    def update_fn(
-        updates: optax.Updates,
-        state: ParleState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ParleState]:
-        del extra_args
-        checks.require_params("parle", params)
-        return for_each(update_one, axis_name)(updates, state, params)
-
-    return optax.GradientTransformationExtraArgs(for_each(_init_one, axis_name), update_fn)
+    return along_replicas("parle", _init_one, update_one, axis_name)
 
 
 def _init_one(params: optax.Params) -> ParleState:
@@ -153,5 +142,10 @@ def _init_one(params: optax.Params) -> ParleState:
     )
 
 
-def _move(y: jax.Array, w: jax.Array) -> jax.Array:
-    return (y - w).astype(w.dtype) if has_mean(w) else jnp.zeros_like(w)
+def _moves(y: optax.Params, params: optax.Params) -> optax.Updates:
+    """The updates that take the parameters to y; none of what does not move."""
+
+    def leaf(y: jax.Array, w: jax.Array) -> jax.Array:
+        return (y - w).astype(w.dtype) if has_mean(w) else jnp.zeros_like(w)
+
+    return jax.tree.map(leaf, y, params)

@@ -170,6 +170,26 @@ def for_each(function: Callable[..., Any], axis_name: AxisName | None) -> Callab
     return mapped
 
 
+def along_replicas(
+    name: str,
+    init_one: Callable[..., Any],
+    update_one: Callable[..., tuple[optax.Updates, Any]],
+    axis_name: AxisName | None,
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation of all replicas, by the factory `name`, from what each of them does.
+
+    `update_one(updates, state, params, **extra_args)` finds the others on `own_axis(axis_name)`.
+    """
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        checks.require_params(name, params)
+        return for_each(update_one, axis_name)(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(for_each(init_one, axis_name), update_fn)
+
+
 def _mesh_axis(tree: Any) -> Any:
     """The explicit axis of the mesh along which the replicas lie; None without one."""
     specs = (jax.typeof(x).sharding.spec for x in jax.tree.leaves(tree))

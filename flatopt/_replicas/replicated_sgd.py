@@ -89,8 +89,7 @@ def strength_schedule(
 
     Cost: 0 extra gradients; 0 copies.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}.")
+    checks.check_choice("kind", kind, KINDS)
     checks.check_count("steps", steps, 1)
     checks.check_count("every", every, 1)
     checks.check_number("init_value", init_value, low=0.0)
