@@ -57,7 +57,7 @@ class PersistentSampler(NamedTuple):
         active = jnp.where(state.active, draws >= leave, draws < 1 / self.persistence)
         return PersistentState(active, later)
 
-    def weights(self, state: PersistentState, normalise: bool = False) -> jax.Array:
+    def weights(self, state: PersistentState, *, normalise: bool = False) -> jax.Array:
         """Weights of the samples in a sum of losses that estimates their mean.
 
         Args:
@@ -82,34 +82,23 @@ def persistent_sampler(num_samples: int, fraction: float, persistence: float) ->
     Args:
       num_samples: N >= 1. Static.
       fraction: b in (0, 1], the mean share of the samples in a batch.
-      persistence: :math:`\tau`, in steps, at least 1 and at least (1 - b) / b: the mean time that
-        an inactive sample waits. 1 / b gives independent batches; with larger values a batch lasts
-        longer, and its noise is correlated in time. In the time units of the literature it is
-        :math:`\tau / \eta` with the learning rate :math:`\eta`.
+      persistence: :math:`\tau` >= max(1, (1 - b) / b), in steps: the mean time that an inactive
+        sample waits. 1 / b gives independent batches; with more their noise is correlated in time.
 
     Returns:
-      A `PersistentSampler`.
-
-    Raises:
-      ValueError: if an argument is out of range.
+      A `PersistentSampler`: weight the loss of the whole training set with its `weights`.
 
     Examples:
-      >>> import jax, jax.numpy as jnp
       >>> from flatopt import samplers
       >>> sampler = samplers.persistent_sampler(100_000, fraction=0.25, persistence=20.0)
-      >>> state = sampler.init(0)
-      >>> after = sampler.next(state)
-      >>> changed = jnp.mean(after.active != state.active)
-      >>> print(f"{jnp.mean(after.active):.2f} {changed:.3f}")
-      0.25 0.075
+      >>> print(f"{sampler.init(0).active.mean():.2f}")
+      0.25
 
     References:
       Mignacco, Krzakala, Urbani, Zdeborova. Dynamical mean-field theory for stochastic gradient
       descent in Gaussian mixture classification. arXiv:2006.06098
 
-    Notes:
-      An active batch changes in size: weight the loss of the whole training set with `weights`, as
-      in `jnp.sum(weights * losses)`. It is no gradient transformation, and goes with any optimiser.
+    Cost: 0 extra gradients; 0 copies; 1 flag for each sample.
     """
     checks.check_count("num_samples", num_samples, 1)
     if not 0 < fraction <= 1:

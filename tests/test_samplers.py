@@ -100,3 +100,14 @@ def test_seeds_and_jit():
 def test_out_of_range(arguments, words: str):
     with pytest.raises(ValueError, match=words):
         samplers.persistent_sampler(*arguments)
+
+
+@pytest.mark.parametrize("generator", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_keys_of_every_generator(generator: str):
+    sampler = samplers.persistent_sampler(1000, 0.25, 4.0)
+    state = sampler.init(jax.random.key(1, impl=generator))
+    later = jax.jit(sampler.next)(state)
+    assert later.key.dtype == jnp.uint32
+    assert later.key.shape == state.key.shape
+    assert 150 < int(later.active.sum()) < 350
+    assert not np.array_equal(later.active, state.active)

@@ -38,9 +38,17 @@ class HoldReplicasState(NamedTuple):
         if not jax.tree.leaves(params):
             return params
         if self.others is None:
-            return eval_params(jax.tree.map(lambda x: x[0], self.inner_state), params)
+            return eval_params(_pick(self.inner_state, 0), params)
         replicas = _join(params, self.others)
         return barycentre(jax.vmap(eval_params)(self.inner_state, replicas))
+
+
+def evaluation_number(j: Any, replica: Any, number: int) -> Any:
+    r"""The number of the optimiser's j-th extra gradient in replica a, :math:`n - 1 + j n + a`.
+
+    The first n - 1 are the gradients of the replicas 1, 2, ... themselves.
+    """
+    return number - 1 + j * number + replica
 
 
 def hold_replicas(
@@ -56,70 +64,36 @@ def hold_replicas(
 
     .. math:: w_a \leftarrow w_a + u_a(\nabla L_a(w_a), w_0, \dots, w_{n-1}), \qquad w_0 = w
 
-    The parameters are replica 0; the others live in the state and get their gradients from
-    `grad_fn`. `optimizer` runs once per replica under `jax.vmap`, so that whatever it does with
-    norms or with gradients elsewhere (SAM, clipping) it does per replica; stages that take an
-    `axis_name` see the other replicas.
-
     Args:
-      optimizer: any optax transformation, such as
-        `optax.chain(flatopt.couple_replicas(0.1, axis_name="replicas"), optax.sgd(0.1))`.
+      optimizer: any optax transformation, run for each replica under `jax.vmap`.
       number: n >= 1; with 1 this is `optimizer`. Static.
-      axis_name: name of the mapped axis for the stages inside. Static.
-      std: standard deviation >= 0 of the noise that sets replicas 1, 2, ... apart from the initial
-        parameters; see `replicate_params`.
-      key: an int seed, a key from `jax.random.key`, or its uint32 key data, for that noise.
-      evaluation: how the n - 1 gradients are computed. "unrolled": one after another, as fast as
-        that of a single network whatever it is made of; compiles it n - 1 times. XLA for CPUs does
-        not keep to the order and may hold the activations of all. "loop": one after another,
-        compiled once, in the least memory; but on a CPU, XLA runs derived gradients of
-        convolutions in a loop tens of times slower. "vmap": all at the same time, compiled once;
-        the fastest for small dense networks, slow for convolutions. Static.
+      axis_name: name of the mapped axis, for the stages inside that see the others. Static.
+      std, key: of the noise that sets replicas 1, 2, ... apart at first; see `replicate_params`.
+      evaluation: "unrolled", "loop" (one after another, compiled n - 1 times or once) or "vmap"
+        (all at the same time): how the n - 1 gradients are computed. Static.
 
     Returns:
       A wrapper to be outermost; `update` needs `params` and, for n > 1, `grad_fn`. Evaluate at the
       barycentre: `flatopt.eval_params(opt_state, params)`.
 
-    Raises:
-      ValueError: if an argument is out of range, `params` or `grad_fn` is missing, or the wrapper
-        stands inside `optax.masked`.
-
     Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> import flatopt
-      >>> inner = optax.chain(flatopt.couple_replicas(1.0, axis_name="replicas"), optax.sgd(0.1))
-      >>> tx = flatopt.hold_replicas(inner, number=3, std=0.5)
-      >>> params = jnp.array(1.0)
-      >>> opt_state = tx.init(params)
-      >>> grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * (w - 2.0) ** 2)
-      >>> for _ in range(100):
-      ...     updates, opt_state = tx.update(grad_fn(params), opt_state, params, grad_fn=grad_fn)
-      ...     params = optax.apply_updates(params, updates)
-      >>> print(f"{flatopt.eval_params(opt_state, params):.3f}")
-      2.000
+      >>> import jax.numpy as jnp, optax, flatopt
+      >>> tx, w = flatopt.hold_replicas(optax.sgd(0.1), 2), jnp.array(1.0)
+      >>> updates, opt_state = tx.update(w, tx.init(w), w, grad_fn=lambda w, i: w - 3.0)
+      >>> print(f"{w + updates:.2f} {flatopt.eval_params(opt_state, w + updates):.2f}")
+      0.90 1.05
 
-    Notes:
-      Place: outermost. Replica a > 0 takes its gradient from `grad_fn(w_a, a - 1)`: pick minibatch
-      i there to give each its own batch, or ignore i to share one. The extra evaluation number j of
-      `optimizer` in replica a is number n - 1 + j n + a. Random keys in the state of `optimizer`
-      start equal in all replicas. Gradient evaluations: n - 1 extra, and n times those of
-      `optimizer`. State: n - 1 copies of the parameters, and n states of `optimizer`.
+    Cost: n - 1 extra gradients, n times those of `optimizer`; n - 1 copies, n of its state.
     """
     checks.check_count("number", number, 1)
-    checks.check_number("std", std, low=0.0)
-    if evaluation not in EVALUATIONS:
-        raise ValueError(f"evaluation={evaluation!r} must be one of {', '.join(EVALUATIONS)}.")
-    optimizer = optax.with_extra_args_support(optimizer)
-    over_replicas = functools.partial(jax.vmap, axis_name=axis_name, axis_size=number)
+    checks.check_number("std", std, low=0.0, schedule_allowed=False)
+    rng.check_key(key)
+    checks.check_choice("evaluation", evaluation, EVALUATIONS)
+    optimizer = checks.as_transformation("optimizer", optimizer)
 
     def init_fn(params: optax.Params) -> HoldReplicasState:
         replicas = replicate_params(params, number, std=std, key=key)
-        # One after another, not mapped: each state then lies on the devices as its replica does.
-        states = [
-            optimizer.init(jax.tree.map(lambda x, a=a: x[a], replicas)) for a in range(number)
-        ]
-        inner_state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        return HoldReplicasState(_others(replicas), inner_state)
+        return HoldReplicasState(_others(replicas), _init_each(optimizer, replicas, number))
 
     def update_fn(
         updates: optax.Updates,
@@ -130,31 +104,47 @@ def hold_replicas(
         **extra_args: Any,
     ) -> tuple[optax.Updates, HoldReplicasState]:
         checks.require_params("hold_replicas", params)
-        grads_of_others = None
-        if number > 1:
-            gradient = checks.require_grad_fn("hold_replicas", grad_fn, params)
-            # One after another: side by side, the activations of all would be in memory.
-            others, updates = jax.lax.optimization_barrier((state.others, updates))
-            grads_of_others = _map(evaluation, gradient, others, number - 1)
-            grads_of_others = optax.tree.cast_like(grads_of_others, updates)
-
-        def update_one(grads: Any, inner_state: Any, replica: Any) -> Any:
-            def own_grad_fn(point: optax.Params, i: jax.typing.ArrayLike) -> optax.Updates:
-                assert grad_fn is not None
-                number_of = number - 1 + i * number + jax.lax.axis_index(axis_name)
-                return grad_fn(point, number_of)
-
-            own = {} if grad_fn is None else {"grad_fn": own_grad_fn}
-            return optimizer.update(grads, inner_state, replica, **extra_args, **own)
-
+        grads = _all_gradients(evaluation, grad_fn, updates, params, state.others, number)
+        extra_args |= _own_grad_fn(grad_fn, number, axis_name)
         replicas = _join(params, state.others)
-        moves, inner_state = over_replicas(update_one)(
-            _join(updates, grads_of_others), state.inner_state, replicas
-        )
+        update = functools.partial(optimizer.update, **extra_args)
+        mapped = jax.vmap(update, axis_name=axis_name, axis_size=number)
+        moves, inner_state = mapped(grads, state.inner_state, replicas)
         others = _others(optax.apply_updates(replicas, moves))
-        return jax.tree.map(lambda u: u[0], moves), HoldReplicasState(others, inner_state)
+        return _pick(moves, 0), HoldReplicasState(others, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _init_each(optimizer: optax.GradientTransformation, replicas: Any, number: int) -> Any:
+    """The optimiser's states for all replicas."""
+    # One after another, not mapped: each state then lies on the devices as its replica does.
+    return _stack([optimizer.init(_pick(replicas, a)) for a in range(number)])
+
+
+def _all_gradients(
+    evaluation: str, grad_fn: Any, first: Any, params: optax.Params, others: Any, number: int
+) -> Any:
+    """The gradients of all replicas: `first`, that of replica 0, and those at `others`."""
+    if number == 1:
+        return _join(first, None)
+    gradient = checks.require_grad_fn("hold_replicas", grad_fn, params)
+    # One after another: side by side, the activations of all would be in memory.
+    others, first = jax.lax.optimization_barrier((others, first))
+    return _join(first, optax.tree.cast_like(_map(evaluation, gradient, others, number - 1), first))
+
+
+def _own_grad_fn(
+    grad_fn: GradientFunction | None, number: int, axis_name: str
+) -> dict[str, GradientFunction]:
+    """The argument `grad_fn` for the optimiser of the mapped replica, if there is one."""
+    if grad_fn is None:
+        return {}
+
+    def own(point: optax.Params, i: jax.typing.ArrayLike) -> optax.Updates:
+        return grad_fn(point, evaluation_number(i, jax.lax.axis_index(axis_name), number))
+
+    return {"grad_fn": own}
 
 
 def _map(evaluation: str, gradient: Callable[..., Any], points: Any, number: int) -> Any:
@@ -166,10 +156,20 @@ def _map(evaluation: str, gradient: Callable[..., Any], points: Any, number: int
         return jax.lax.map(lambda pair: gradient(*pair), (points, numbers))
     each = []
     for a in range(number):
-        grads = gradient(jax.tree.map(lambda x, a=a: x[a], points), numbers[a])
+        grads = gradient(_pick(points, a), numbers[a])
         points, grads = jax.lax.optimization_barrier((points, grads))
         each.append(grads)
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    return _stack(each)
+
+
+def _pick(replicas: Any, a: int) -> Any:
+    """Replica a."""
+    return jax.tree.map(lambda x: x[a], replicas)
+
+
+def _stack(trees: list[Any]) -> Any:
+    """One tree with a leading replica axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def _join(first: Any, others: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Parle: replicas that each descend on their local entropy, coupled every so many steps."""
+"""Parle (Chaudhari et al., arXiv:1707.00424): coupled replicas that descend on local entropy."""
 
 from typing import Any, NamedTuple
 
@@ -6,9 +6,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, tree_math
-from flatopt._core.timing import value_at
-from flatopt._replicas.replicas import LEADING_AXIS, AxisName, barycentre, over_leading_axis
+from flatopt._core import checks, means
+from flatopt._core.timing import Every, value_at
+from flatopt._replicas.replicas import (
+    AxisName,
+    agreed,
+    along_replicas,
+    barycentre,
+    has_mean,
+    on_means,
+    own_axis,
+)
 
 
 class ParleState(NamedTuple):
@@ -29,142 +37,115 @@ class ParleState(NamedTuple):
     outer_trace: optax.Updates
 
 
+def inner_direction(grads: Any, y: optax.Params, x: optax.Params, gamma: Any) -> optax.Updates:
+    r"""The gradient and the spring to the anchor, :math:`d = \nabla L(y) + \gamma \, (y - x)`."""
+    return on_means(lambda g, y, x: g + gamma * (y - x), grads, y, x)
+
+
+def outer_direction(
+    x: optax.Params, z: optax.Params, centre: optax.Params, rho: Any
+) -> optax.Updates:
+    r"""The pull at a synchronisation, :math:`D = (x - z) + \rho \, (x - \bar z)`."""
+    return on_means(lambda x, z, mean: (x - z) + rho * (x - mean), x, z, centre)
+
+
+def add_to_momentum(v: optax.Updates, d: optax.Updates, beta: Any) -> optax.Updates:
+    r"""The momentum :math:`v \leftarrow \beta v + d`."""
+    return on_means(lambda v, d: beta * v + d, v, d)
+
+
+def descend(y: optax.Params, d: optax.Updates, v: optax.Updates, eta: Any) -> optax.Params:
+    r"""A step with Nesterov's momentum, :math:`y \leftarrow y - \eta \, (d + v)`."""
+    return on_means(lambda y, d, v: y - eta * (d + v), y, d, v)
+
+
+def running_mean(z: optax.Params, y: optax.Params, a: Any) -> optax.Params:
+    r"""The mean of the inner points, :math:`z \leftarrow a z + (1 - a) \, y`."""
+    return on_means(lambda z, y: a * z + (1 - a) * y, z, y)
+
+
 def parle(
     learning_rate: optax.ScalarOrSchedule,
     gamma: optax.ScalarOrSchedule,
     rho: optax.ScalarOrSchedule,
     *,
-    every: int = 25,
+    every: int | None = None,
     momentum: optax.ScalarOrSchedule = 0.9,
     averaging: optax.ScalarOrSchedule = 0.75,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Parle: Entropy-SGD in parallel, with an elastic pull to the barycentre.
 
-    .. math::
-      d = \nabla L_a(y) + \gamma \, (y - x_a), \quad v \leftarrow \beta v + d, \quad
-      y \leftarrow y - \eta (d + v), \quad z_a \leftarrow a z_a + (1 - a) y
-
-    in each update, and after every L-th
-
-    .. math::
-      D = (x_a - z_a) + \rho \, (x_a - \bar z), \quad V \leftarrow \beta V + D, \quad
-      y \leftarrow y - \eta (D + V), \quad x_a \leftarrow y
+    .. math:: y \leftarrow y - \eta (d + v), \; d = \nabla L_a(y) + \gamma (y - x_a), \quad
+      x_a, y \leftarrow y - \eta (D + V), \; D = (x_a - z_a) + \rho (x_a - \bar z)
 
     Args:
-      learning_rate: :math:`\eta` >= 0 of both: a number, a traced array, or a schedule of the count
-        of updates.
-      gamma: stiffness >= 0 of the spring to the replica's own anchor: likewise; usually
-        `exponential_scoping(0.01, 0.5 / batches, every=L, max_value=1.0)`.
-      rho: strength >= 0 of the pull to the barycentre at a synchronisation: likewise. The authors'
-        grows as gamma does, from 0.01 n L to at most 10.
-      every: L >= 1, updates between two synchronisations. Static.
-      momentum: :math:`\beta` of both, in [0, 1).
-      averaging: a, in [0, 1), weight of the past in the running mean z.
-      axis_name: None when updates and parameters have a leading replica axis; inside `jax.vmap` or
-        `jax.shard_map`, the name of the axis that counts the replicas, or several. Static.
+      learning_rate: :math:`\eta` >= 0 of both: a number, a traced array, or a schedule.
+      gamma, rho: strength >= 0 of the springs to the anchor x and to the barycentre: likewise.
+      every: L >= 1, updates from one synchronisation, the second step, to the next; None is 25.
+      momentum, averaging: weight of the past, in [0, 1), in v and V, and in the mean z of y.
+      axis_name: as for `couple_replicas`. Static.
 
     Returns:
       A whole optimiser; `update` needs `params`. Evaluate at `barycentre(params)`.
 
-    Raises:
-      ValueError: if an argument is out of range, or `params` is missing.
-
     Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> import flatopt
-      >>> tx = flatopt.parle(0.1, gamma=0.1, rho=0.5, every=5)
-      >>> params = flatopt.replicate_params(jnp.array([1.0, -2.0]), 3, std=1.0)
-      >>> opt_state = tx.init(params)
-      >>> for _ in range(200):  # the loss of each replica is |w - 3|^2 / 2
-      ...     updates, opt_state = tx.update(params - 3.0, opt_state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> print(f"{flatopt.barycentre(params)[0]:.2f}")
-      3.00
+      >>> import jax.numpy as jnp, flatopt
+      >>> tx, w = flatopt.parle(0.1, gamma=0.1, rho=0.5, every=1), jnp.array([[1.0], [3.0]])
+      >>> print(tx.update(w, tx.init(w), w)[0].ravel())
+      [-0.12 -0.74]
 
     References:
-      Chaudhari, Baldassi, Zecchina, Soatto, Talwalkar, Oberman. Parle: Parallelizing Stochastic
-      Gradient Descent. arXiv:1707.00424
+      Chaudhari et al. Parle: Parallelizing Stochastic Gradient Descent. arXiv:1707.00424
 
-    Notes:
-      This is the authors' program: at a synchronisation the replica goes on from its last inner
-      point, not from the anchor as in the paper, and neither the running mean nor the momenta start
-      anew. In a loop that knows of one model only, wrap it:
-      `hold_replicas(parle(..., axis_name="replicas"), n)`. Gradient evaluations: none extra, one a
-      replica and update; one mean over the replicas every L updates. State: four copies of the
-      parameters and a counter.
+    Cost: 0 extra gradients; 4 copies; 1 mean over the replicas every L updates.
     """
     for name, rate in (("learning_rate", learning_rate), ("gamma", gamma), ("rho", rho)):
         checks.check_number(name, rate, low=0.0)
     for name, share in (("momentum", momentum), ("averaging", averaging)):
         checks.check_number(name, share, low=0.0, high=1.0, high_allowed=False)
-    checks.check_count("every", every, 1)
-    axes = LEADING_AXIS if axis_name is None else axis_name
-
-    def init_one(params: optax.Params) -> ParleState:
-        return ParleState(
-            step=jnp.zeros([], jnp.int32),
-            anchor=jax.tree.map(jnp.copy, params),
-            mean=jax.tree.map(lambda w: jnp.array(w, tree_math.accumulator_dtype(w.dtype)), params),
-            inner_trace=optax.tree.zeros_like(params),
-            outer_trace=optax.tree.zeros_like(params),
-        )
+    when, axes = Every.after_update(None, 25 if every is None else every), own_axis(axis_name)
 
     def update_one(
-        updates: optax.Updates, state: ParleState, params: optax.Params
-    ) -> tuple[optax.Updates, ParleState]:
-        def now(hyperparameter: optax.ScalarOrSchedule) -> Any:
-            return value_at(hyperparameter, state.step)
-
-        rate, beta, past = now(learning_rate), now(momentum), now(averaging)
-
-        def descend(point: Any, direction: Any, trace: Any) -> tuple[Any, Any]:
-            trace = jax.tree.map(lambda v, d: (beta * v + d).astype(v.dtype), trace, direction)
-            return jax.tree.map(
-                lambda y, d, v: (y - rate * (d + v)).astype(y.dtype), point, direction, trace
-            ), trace
-
-        pulled = jax.tree.map(
-            lambda g, y, x: (g + now(gamma) * (y - x)).astype(g.dtype),
-            updates,
-            params,
-            state.anchor,
-        )
-        point, inner_trace = descend(params, pulled, state.inner_trace)
-        mean = jax.tree.map(
-            lambda z, y: (past * z + (1 - past) * y).astype(z.dtype), state.mean, point
-        )
-        step = optax.safe_increment(state.step)
-
-        def synchronise(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-            point, anchor, trace = carry
-            direction = jax.tree.map(
-                lambda x, z, m: ((x - z) + now(rho) * (x - m)).astype(x.dtype),
-                anchor,
-                mean,
-                barycentre(mean, axes),
-            )
-            moved, trace = descend(point, direction, trace)
-            return moved, moved, trace
-
-        carry = (point, state.anchor, state.outer_trace)
-        point, anchor, outer_trace = tree_math.apply_if(step % every == 0, synchronise, carry)
-        moves = jax.tree.map(lambda y, w: (y - w).astype(w.dtype), point, params)
-        return moves, ParleState(step, anchor, mean, inner_trace, outer_trace)
-
-    def init_fn(params: optax.Params) -> ParleState:
-        return init_one(params) if axis_name is not None else over_leading_axis(init_one)(params)
-
-    def update_fn(
-        updates: optax.Updates,
-        state: ParleState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: ParleState, params: optax.Params, **extra_args: Any
     ) -> tuple[optax.Updates, ParleState]:
         del extra_args
-        checks.require_params("parle", params)
-        if axis_name is not None:
-            return update_one(updates, state, params)
-        return over_leading_axis(update_one)(updates, state, params)
+        step = optax.safe_increment(state.step)
+        eta, beta = value_at(learning_rate, state.step), value_at(momentum, state.step)
+        stiffness, past = value_at(gamma, state.step), value_at(averaging, state.step)
+        direction = inner_direction(updates, params, state.anchor, stiffness)
+        inner_trace = add_to_momentum(state.inner_trace, direction, beta)
+        point = descend(params, direction, inner_trace, eta)
+        mean = running_mean(state.mean, point, past)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+        def synchronise(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+            y, x, v = carry
+            d = outer_direction(x, mean, barycentre(mean, axes), value_at(rho, state.step))
+            v = add_to_momentum(v, d, beta)
+            y = descend(y, d, v, eta)
+            return y, y, v
+
+        carry = (point, state.anchor, state.outer_trace)
+        point, anchor, outer_trace = when.run(agreed(step, axes), synchronise, carry)
+        return _moves(point, params), ParleState(step, anchor, mean, inner_trace, outer_trace)
+
+    return along_replicas("parle", _init_one, update_one, axis_name)
+
+
+def _init_one(params: optax.Params) -> ParleState:
+    return ParleState(
+        step=jnp.zeros([], jnp.int32),
+        anchor=jax.tree.map(jnp.copy, params),
+        mean=means.copy(params),
+        inner_trace=optax.tree.zeros_like(params),
+        outer_trace=optax.tree.zeros_like(params),
+    )
+
+
+def _moves(y: optax.Params, params: optax.Params) -> optax.Updates:
+    """The updates that take the parameters to y; none of what does not move."""
+
+    def leaf(y: jax.Array, w: jax.Array) -> jax.Array:
+        return (y - w).astype(w.dtype) if has_mean(w) else jnp.zeros_like(w)
+
+    return jax.tree.map(leaf, y, params)

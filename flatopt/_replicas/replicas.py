@@ -1,11 +1,13 @@
-"""Replicas: several copies of the parameters, and their barycentre."""
+"""Replicas: several copies of the parameters, and what is done for each of them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType, PartitionSpec
 
 from flatopt._core import checks, rng, tree_math
 
@@ -14,44 +16,79 @@ AxisName = str | tuple[str, ...]
 LEADING_AXIS = "flatopt_replicas"
 
 
+def has_mean(x: Any) -> bool:
+    """Whether replicas of `x` can be averaged: not counters, flags, random keys."""
+    return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+
+
+def on_means(function: Callable[..., jax.Array], tree: Any, *others: Any) -> Any:
+    """`function` leaf by leaf, in the dtypes of `tree`; leaves that have no mean stay."""
+
+    def leaf(x: jax.Array, *rest: jax.Array) -> jax.Array:
+        return function(x, *rest).astype(x.dtype) if all(map(has_mean, (x, *rest))) else x
+
+    return jax.tree.map(leaf, tree, *others)
+
+
+def mean_over(tree: Any, axis_name: AxisName) -> Any:
+    r"""The mean over the mapped replicas, in the accumulator's dtype; of counters the largest."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        inexact = has_mean(x)
+        wide = x.astype(tree_math.accumulator_dtype(x.dtype) if x.dtype != bool else jnp.int32)
+        if _must_be_gathered(x):
+            everyone = jax.lax.all_gather(wide, axis_name)
+            return jnp.mean(everyone, 0) if inexact else jnp.max(everyone, 0)
+        return (jax.lax.pmean if inexact else jax.lax.pmax)(wide, axis_name)
+
+    return tree if axis_name == () else jax.tree.map(leaf, tree)
+
+
+def _must_be_gathered(x: jax.Array) -> bool:
+    """Whether the axes of the mesh are explicit, other than inside `jax.shard_map`.
+
+    JAX cannot map a reduction over a `vmap` axis there; a gather it can, and it moves nothing.
+    """
+    sharding = jax.typeof(x).sharding
+    kinds = sharding.mesh.axis_types or ()
+    whole = AxisType.Explicit in kinds and AxisType.Manual not in kinds
+    return whole or any(axis is not None for axis in sharding.spec)
+
+
 def barycentre(params: optax.Params, axis_name: AxisName | None = None) -> optax.Params:
     r"""The mean of the replicas: the weights to evaluate.
 
     .. math:: \bar w = \frac1n \sum_a w_a
 
     Args:
-      params: parameters with a leading replica axis, or one replica's inside a mapped axis. Any
-        tree will do: BatchNorm statistics, gradients.
-      axis_name: None for a leading axis; else the name of the mapped axis that counts the replicas,
-        or several. Static.
+      params: any tree with a leading replica axis, or one replica's inside a mapped axis.
+      axis_name: None for a leading axis; else the name, or names, of the mapped one. Static.
 
     Returns:
       A tree without the replica axis, in the same dtypes. Integer and bool leaves, such as
       counters, have no mean: they are the largest.
 
     Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> import flatopt
+      >>> import jax.numpy as jnp, flatopt
       >>> params = {"w": jnp.array([[1.0, 2.0], [3.0, 6.0]])}  # two replicas
       >>> print(flatopt.barycentre(params)["w"])
-      [2. 4.]
-      >>> mean = lambda p: flatopt.barycentre(p, axis_name="replicas")
-      >>> print(jax.vmap(mean, axis_name="replicas")(params)["w"][0])
       [2. 4.]
 
     References:
       Baldassi et al. Unreasonable Effectiveness of Learning Neural Networks: From Accessible States
       and Robust Ensembles to Basic Algorithmic Schemes. arXiv:1605.06444
 
-    Notes:
-      Where replicas keep averages or offsets, take those first:
-      `barycentre(flatopt.eval_params(opt_state, params))`, the inner one under `vmap`. Statistics
-      of BatchNorm belong to the centre: recompute them there, or take their barycentre. Summed in
-      float32 at least. Costs no gradient.
+    Cost: 0 extra gradients; 0 copies.
     """
     if axis_name is None:
-        return over_leading_axis(lambda p: barycentre(p, LEADING_AXIS), out_axes=None)(params)
-    return optax.tree.cast_like(_mean(params, axis_name), params)
+        one = lambda replica: barycentre(replica, LEADING_AXIS)  # noqa: E731
+        return jax.vmap(one, out_axes=None, axis_name=LEADING_AXIS)(params)
+    return optax.tree.cast_like(mean_over(params, axis_name), params)
+
+
+def kick(params: optax.Params, std: jax.typing.ArrayLike, noise: Any) -> optax.Params:
+    r"""Where another replica starts, :math:`w + \sigma \, \xi_a`; counters start as they are."""
+    return on_means(lambda w, xi: w + std * xi, params, noise)
 
 
 def replicate_params(
@@ -69,65 +106,103 @@ def replicate_params(
     Args:
       params: one set of parameters: replica 0.
       number: n >= 1. Static.
-      std: :math:`\sigma` >= 0, of the normal noise that sets the other replicas apart, in units of
-        the parameters. With 0 they are equal, and stay so when they see equal data.
-      key: an int seed, a key from `jax.random.key`, or its uint32 key data.
-      init_fn: function from a key to parameters, such as `model.init` with an example bound; the
-        other replicas then start from draws of their own instead of from `params`. Static.
+      std: :math:`\sigma` >= 0, of normal noise in the others; integer and bool leaves have none.
+      key: an int seed, a key from `jax.random.key`, or its uint32 key data, for the noise.
+      init_fn: function from a key to parameters, such as `model.init` with an example bound, that
+        draws the others instead. Static.
 
     Returns:
       A tree like `params` with one more axis, of length `number`, in front of each leaf.
 
-    Raises:
-      ValueError: if an argument is out of range.
-
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import flatopt
-      >>> replicas = flatopt.replicate_params({"w": jnp.ones(1000)}, 3, std=0.1)
-      >>> print(replicas["w"].shape)
-      (3, 1000)
-      >>> print(f"{jnp.std(replicas['w'][0]):.2f} {jnp.std(replicas['w'][1]):.2f}")
-      0.00 0.10
+      >>> import jax.numpy as jnp, flatopt
+      >>> w = flatopt.replicate_params(jnp.ones(1000), 3, std=0.1)
+      >>> print(w.shape, f"{jnp.std(w[0]):.2f} {jnp.std(w[1]):.2f}")
+      (3, 1000) 0.00 0.10
 
     References:
       Pittorino et al. Entropic gradient descent algorithms and wide flat minima. arXiv:2006.07897
 
-    Notes:
-      Split the leading axis over devices with `jax.shard_map`. Costs no gradient.
+    Cost: 0 extra gradients; `number` copies.
     """
     checks.check_count("number", number, 1)
-    checks.check_number("std", std, low=0.0)
-    keys = jax.random.split(jax.random.wrap_key_data(rng.key_data(key)), number)[1:]
-
-    def other(key: jax.Array) -> optax.Params:
-        if init_fn is not None:
-            return optax.tree.cast_like(init_fn(key), params)
-        kicks = rng.normal_like(key, params)
-        return jax.tree.map(lambda w, xi: (w + std * xi).astype(w.dtype), params, kicks)
+    checks.check_number("std", std, low=0.0, schedule_allowed=False)
+    keys = jax.random.split(rng.as_key(key), number)[1:]
 
     # Compiled, so that replicas are the same to the last bit whether the caller compiles or not.
+    # The parameters are an argument: as a constant, they could not span several processes.
+    @jax.jit
+    def other(key: jax.Array, params: optax.Params) -> optax.Params:
+        if init_fn is not None:
+            return optax.tree.cast_like(init_fn(key), params)
+        return kick(params, std, rng.normal_like(key, params))
+
     # Stacked one by one: each then lies on the devices as `params` does.
-    replicas = [params, *map(jax.jit(other), keys)]
+    replicas = [params, *(other(key, params) for key in keys)]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *replicas)
 
 
-def over_leading_axis(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
-    """Runs the code for one replica along the leading axis of all arguments."""
-    return jax.vmap(function, axis_name=LEADING_AXIS, **kwargs)
+def own_axis(axis_name: AxisName | None) -> AxisName:
+    """The name of the axis that counts the replicas inside `for_each`."""
+    return LEADING_AXIS if axis_name is None else axis_name
 
 
-def _mean(tree: Any, axis_name: AxisName) -> Any:
-    """Mean over the replicas, in the accumulator's dtype; the maximum of integers."""
+def agreed(step: jax.Array, axis_name: AxisName) -> jax.Array:
+    """`step`, which all replicas share, so that what depends on it is one branch for them all."""
+    return mean_over(step, axis_name) if axis_name == LEADING_AXIS else step
+
+
+def for_each(function: Callable[..., Any], axis_name: AxisName | None) -> Callable[..., Any]:
+    """`function`, written for one replica, for all of them, inside the axis `own_axis(axis_name)`.
+
+    Without an `axis_name` it maps over the leading axis of all arguments but those by keyword. On a
+    named axis the caller has done so, and `function` comes back as it is.
+    """
+    if axis_name is not None:
+        return function
+
+    def mapped(*trees: Any, **shared: Any) -> Any:
+        one = functools.partial(function, **shared)
+        axis = _mesh_axis(trees)
+        result = jax.vmap(one, axis_name=LEADING_AXIS)(*(_lay_along(axis, tree) for tree in trees))
+        return _lay_along(axis, result)
+
+    return mapped
+
+
+def along_replicas(
+    name: str,
+    init_one: Callable[..., Any],
+    update_one: Callable[..., tuple[optax.Updates, Any]],
+    axis_name: AxisName | None,
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation of all replicas, by the factory `name`, from what each of them does.
+
+    `update_one(updates, state, params, **extra_args)` finds the others on `own_axis(axis_name)`.
+    """
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        checks.require_params(name, params)
+        return for_each(update_one, axis_name)(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(for_each(init_one, axis_name), update_fn)
+
+
+def _mesh_axis(tree: Any) -> Any:
+    """The explicit axis of the mesh along which the replicas lie; None without one."""
+    specs = (jax.typeof(x).sharding.spec for x in jax.tree.leaves(tree))
+    return next((spec[0] for spec in specs if len(spec) and spec[0] is not None), None)
+
+
+def _lay_along(axis: Any, tree: Any) -> Any:
+    """`tree` with its leading axis on that `axis`: JAX maps only over what lies alike."""
 
     def leaf(x: jax.Array) -> jax.Array:
-        inexact = jnp.issubdtype(x.dtype, jnp.inexact)
-        wide = x.astype(tree_math.accumulator_dtype(x.dtype) if inexact else jnp.int32)
-        # On explicitly sharded arrays JAX cannot map a reduction over a `vmap` axis; a gather it
-        # can, and there that moves nothing.
-        if any(axis is not None for axis in jax.typeof(x).sharding.spec):
-            everyone = jax.lax.all_gather(wide, axis_name)
-            return jnp.mean(everyone, 0) if inexact else jnp.max(everyone, 0)
-        return (jax.lax.pmean if inexact else jax.lax.pmax)(wide, axis_name)
+        spec = jax.typeof(x).sharding.spec
+        if spec and spec[0] == axis:
+            return x
+        return jax.sharding.reshard(x, PartitionSpec(axis, *spec[1:]))
 
-    return tree if axis_name == () else jax.tree.map(leaf, tree)
+    return tree if axis is None else jax.tree.map(leaf, tree)

@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import flatopt
+from flatopt._replicas.couple_replicas import balancing_strength
 from tests import cases
 from tests.replay import Golden, assert_agrees, replay_replicas, replays, torch_optimizer
 
@@ -263,3 +264,21 @@ def test_replays_rsgd(golden: Golden) -> None:
     squares = [((x - x.mean(1, keepdims=True)) ** 2).reshape(*x.shape[:2], -1) for x in points]
     replayed["coupling_loss"] = replayed["g_t"] * sum(s.sum(-1) for s in squares).mean(1)
     assert_agrees(golden.results, replayed)
+
+
+def test_balanced_springs_weigh_as_much_as_the_loss():
+    params, losses = _replicas(3), jnp.array([1.0, 2.0, 6.0])
+    measure = lambda value, w: balancing_strength(value, w, "replicas")  # noqa: E731
+    strength = jax.vmap(measure, axis_name="replicas")(losses, params)[0]
+    away = jax.tree.map(lambda w, m: w - m[None], params, flatopt.barycentre(params))
+    springs = 0.5 * strength * optax.tree.norm(away, squared=True)
+    np.testing.assert_allclose(springs, losses.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["couple_every", "parle"])
+def test_between_two_pulls_nothing_is_computed(name: str):
+    """On a leading axis one branch serves all replicas: an overflow there goes nowhere."""
+    tx, params = METHODS[name](None), _replicas(3)
+    text = str(jax.make_jaxpr(lambda p: tx.update(p, tx.init(p), p))(params))
+    assert "while[" in text or "cond[" in text
+    assert "select_n" not in text.split("while[")[-1]

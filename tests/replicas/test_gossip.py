@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import flatopt
+from flatopt._replicas.gossip import mix_all, mix_one
 from tests import cases
 from tests.replay import Golden, assert_agrees, replay_replicas, replays, torch_optimizer
 
@@ -131,3 +132,20 @@ def test_replays_dpsgd(golden: Golden) -> None:
         np.testing.assert_allclose(own, matrix, rtol=1e-6)  # It is in float32 there.
     tx = flatopt.gossip(torch_optimizer(hyper, golden.learning_rate), matrix)
     assert_agrees(golden.results, replay_replicas(golden, tx), ignore=("W",))  # An input.
+
+
+@pytest.mark.parametrize("axis", [None, "replicas"])
+def test_matrix_of_another_size_on_either_axis(axis):
+    tx, params = flatopt.gossip(_sgd(), np.full([2, 2], 0.5), axis_name=axis), jnp.ones([3, 1])
+    update = lambda p: tx.update(p, tx.init(p), p)  # noqa: E731
+    with pytest.raises(ValueError, match="there are 3 replicas"):
+        (update if axis is None else jax.vmap(update, axis_name=axis))(params)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_mixing_one_by_one_is_the_product_with_the_matrix(topology: str):
+    params = jax.random.normal(jax.random.key(0), (6, 3))
+    expected = flatopt.mixing_matrix(topology, 6) @ np.asarray(params, np.float64)
+    one = lambda w: mix_one(w, topology, "replicas")  # noqa: E731
+    np.testing.assert_allclose(mix_all(params, topology), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(one, axis_name="replicas")(params), expected, rtol=1e-5)

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import flatopt
+from flatopt._replicas.hold_replicas import evaluation_number
 from tests import cases
 
 NUMBER = 8
@@ -160,3 +161,9 @@ def test_the_other_methods_in_a_loop_that_knows_of_one_model(method: str):
 def test_unfit_evaluation():
     with pytest.raises(ValueError, match=r"evaluation='map' must be one of unrolled, loop, vmap"):
         flatopt.replicated_sgd(_sgd(), 3, 0.1, evaluation="map")
+
+
+def test_each_extra_gradient_has_a_number_of_its_own():
+    number = 3
+    own = [evaluation_number(j, a, number) for j in range(4) for a in range(number)]
+    assert own == list(range(number - 1, number - 1 + 4 * number))
