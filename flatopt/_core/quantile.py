@@ -57,6 +57,15 @@ def largest(x: jax.Array, number: jax.typing.ArrayLike) -> jax.Array:
     return above | among_first(end)
 
 
+def largest_in_tree(scores: Any, number: jax.typing.ArrayLike) -> Any:
+    """Tree of bools, True at exactly the `number` largest of all entries; see `largest`."""
+    leaves, structure = jax.tree.flatten(scores)
+    if not leaves:
+        return scores
+    joined = jnp.concatenate([tree_math.replicate(x).ravel() for x in leaves])
+    return jax.tree.unflatten(structure, tree_math.split(largest(joined, number), leaves))
+
+
 def _patterns(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{x.dtype.itemsize * 8}"))
 

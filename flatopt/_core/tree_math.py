@@ -90,6 +90,12 @@ def _is_pair(node: Any) -> bool:
     return isinstance(node, _Pair)
 
 
+def square(x: jax.Array) -> jax.Array:
+    """Squared absolute values, in float32 at least."""
+    wide = x.astype(accumulator_dtype(x.dtype))
+    return (wide.conj() * wide).real
+
+
 def ratio_or_zero(numerator: Any, denominator: jax.Array) -> jax.Array:
     """`numerator / denominator`, or zero where the denominator (never negative) is zero."""
     positive = denominator > 0

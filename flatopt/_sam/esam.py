@@ -9,9 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._core import checks, rng, tree_math
-from flatopt._core.rng import KeyLike
 from flatopt._sam.ascent import scale_to_norm
 from flatopt._sam.gradient_at import ascent_stage
+
+
+def drop(x: jax.Array, u: jax.Array, beta: Any) -> jax.Array:
+    r""":math:`m x / \beta` with m = 1 where the uniform draw u is below :math:`\beta`, else 0."""
+    # A product, not a zero: what is dropped must not hide inf and NaN.
+    return jnp.where(u < beta, x / beta, 0 * x).astype(x.dtype)
 
 
 class DropState(NamedTuple):
@@ -27,29 +32,25 @@ class DropState(NamedTuple):
 
 
 def drop_displacement(
-    keep: float, *, key: rng.KeyLike = 0, per_tensor: bool = False
+    keep: jax.typing.ArrayLike, *, key: rng.KeyLike = 0, per_tensor: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     r"""Drops random entries of the displacement and scales up the rest: ESAM's weight perturbation.
 
     .. math:: \epsilon_i \leftarrow m_i \, \epsilon_i / \beta, \qquad P(m_i = 1) = \beta
 
     Args:
-      keep: :math:`\beta`, in (0, 1]. Static where it is a number.
+      keep: :math:`\beta`, in (0, 1]: a number or a traced array.
       key: an int seed, a key from `jax.random.key`, or its uint32 key data.
-      per_tensor: True draws once for each leaf, as the authors' code does; False for each weight,
-        as in their paper. Static.
+      per_tensor: True draws once for each leaf, as the authors' program does; False for each
+        weight, as in their paper. Static.
 
     Returns:
       A transformation to be chained after `scale_to_norm`, anew at each displacement.
 
-    Raises:
-      ValueError: if `keep` is out of range.
-
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import flatopt
-      >>> drop = flatopt.drop_displacement(keep=0.5, key=0)
-      >>> displacement, _ = drop.update(jnp.ones(1000), drop.init(jnp.ones(1000)))
+      >>> import jax.numpy as jnp, flatopt
+      >>> stage, ones = flatopt.drop_displacement(keep=0.5), jnp.ones(1000)
+      >>> displacement, _ = stage.update(ones, stage.init(ones))
       >>> print(displacement.max(), bool(abs(displacement.mean() - 1) < 0.1))
       2.0 True
 
@@ -57,33 +58,23 @@ def drop_displacement(
       Du et al. Efficient Sharpness-aware Minimization for Improved Training of Neural Networks.
       arXiv:2110.03141
 
-    Notes:
-      Gradient evaluations: none of its own; none saved either. State: one key, one integer.
+    Cost: 0 extra gradients; 0 copies (+1 temporary).
     """
-    checks.check_number("keep", keep, low=0.0, high=1.0)
-    if checks.is_number(keep, 0):
-        raise ValueError("keep=0 is out of range: it must be in (0, 1].")
-    data = rng.key_data(key)
+    _check_share("keep", keep)
+    stream = rng.Stream(key)
 
     def init_fn(params: optax.Params) -> DropState:
         del params
-        return DropState(jnp.zeros([], jnp.int32), jnp.array(data))
+        return DropState(jnp.zeros([], jnp.int32), stream.init())
 
     def update_fn(
-        updates: optax.Updates,
-        state: DropState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: DropState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, DropState]:
         del params, extra_args
-        left, use = rng.split(state.key)
-
+        left, use = stream.split(state.key)
         like = jax.tree.map(lambda _: jnp.zeros([]), updates) if per_tensor else updates
-        dropped = jax.tree.map(
-            lambda x, u: jnp.where(u < keep, x / keep, 0).astype(x.dtype),
-            updates,
-            rng.uniform_like(use, like),
-        )
+        draws = rng.uniform_like(use, like)
+        dropped = jax.tree.map(lambda x, u: drop(x, u, keep), updates, draws)
         return dropped, DropState(optax.safe_increment(state.step), left)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -97,36 +88,27 @@ def select_examples(
     .. math:: S = \{ n : \ell_n(w + \epsilon) - \ell_n(w) \text{ among the } k \text{ largest} \}
 
     Args:
-      clean_losses: losses at the clean weights, `[batch]`.
-      perturbed_losses: losses at the perturbed ones, `[batch]`.
-      share: share of the batch to keep, in (0, 1]; k is that share, rounded down, but at least 1.
-        Static.
-      strict: True keeps the examples strictly above the k-th largest increase: one fewer, and none
-        for k = 1, as the authors' program does. Static.
+      clean_losses, perturbed_losses: losses at the clean weights and at the perturbed, `[batch]`.
+        Where they differ by NaN, the example is among the largest, so that NaN is not hidden.
+      share: share of the batch to keep, in (0, 1]; k is that, rounded down, but at least 1. Static.
+      strict: True keeps what is strictly above the k-th largest increase: one fewer, and none for
+        k = 1, as the authors' program does. Static.
 
     Returns:
       Bools, `[batch]`.
 
-    Raises:
-      ValueError: if `share` is out of range, or the losses are not one vector each.
-
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import flatopt
+      >>> import jax.numpy as jnp, flatopt
       >>> clean, perturbed = jnp.zeros(4), jnp.array([0.1, 0.4, 0.3, 0.2])
       >>> print(flatopt.select_examples(clean, perturbed, share=0.5))
       [False  True  True False]
 
     References:
-      Du et al. Efficient Sharpness-aware Minimization for Improved Training of Neural Networks.
-      arXiv:2110.03141
+      Du et al. Efficient Sharpness-aware Minimization. arXiv:2110.03141
 
-    Notes:
-      Equal increases may keep more than k examples.
+    Cost: 0 gradients.
     """
-    checks.check_number("share", share, low=0.0, high=1.0)
-    if checks.is_number(share, 0):
-        raise ValueError("share=0 is out of range: it must be in (0, 1].")
+    _check_share("share", share)
     if jnp.ndim(clean_losses) != 1 or jnp.shape(clean_losses) != jnp.shape(perturbed_losses):
         raise ValueError(
             f"clean_losses {jnp.shape(clean_losses)} and perturbed_losses "
@@ -135,6 +117,7 @@ def select_examples(
     if share == 1:
         return jnp.ones(jnp.shape(clean_losses), bool)
     increase = perturbed_losses - clean_losses
+    increase = jnp.where(jnp.isnan(increase), jnp.inf, increase)
     number = max(int(share * increase.size), 1)
     threshold = jnp.sort(increase)[-number]
     return increase > threshold if strict else increase >= threshold
@@ -189,33 +172,23 @@ def make_selective_grad_fn(
     Args:
       losses_fn: loss of each example, called as `losses_fn(params, *args)`; it returns `[batch]`.
       *args: the batch.
-      clean_losses: losses at the clean weights, `[batch]`, which the loop's own pass has.
-      share: share of the batch to keep, in (0, 1]. Static.
-      strict: see `select_examples`. Static.
+      clean_losses, share, strict: see `select_examples`; the loop's own pass has the clean losses.
 
     Returns:
       A registered pytree that is called as `grad_fn(params, i)`.
 
-    Raises:
-      ValueError: if `share` is out of range, or the losses are not one vector each.
-
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import flatopt
-      >>> def losses_fn(w, x):
-      ...     return 0.5 * (w - x) ** 2
-      >>> x = jnp.array([-3.0, 1.0])
+      >>> import jax.numpy as jnp, flatopt
+      >>> losses_fn, x = lambda w, x: 0.5 * (w - x) ** 2, jnp.array([-3.0, 1.0])
       >>> clean = losses_fn(0.0, x)
       >>> grad_fn = flatopt.make_selective_grad_fn(losses_fn, x, clean_losses=clean, share=0.5)
       >>> print(grad_fn(jnp.array(0.5), 0))
       3.5
 
     References:
-      Du et al. Efficient Sharpness-aware Minimization for Improved Training of Neural Networks.
-      arXiv:2110.03141
+      Du et al. Efficient Sharpness-aware Minimization. arXiv:2110.03141
 
-    Notes:
-      Works with any stage that takes a `grad_fn`. One forward pass serves selection and gradient.
+    Cost: 1 gradient a call, of the whole batch: the others are multiplied by zero.
     """
     return SelectiveGradFn(losses_fn, args, clean_losses, share, strict)
 
@@ -223,8 +196,8 @@ def make_selective_grad_fn(
 def esam(
     rho: optax.ScalarOrSchedule,
     *,
-    beta: float = 1.0,
-    key: KeyLike = 0,
+    beta: jax.typing.ArrayLike = 1.0,
+    key: rng.KeyLike = 0,
     per_tensor: bool = False,
     epsilon: float = tree_math.EPSILON,
     start: int | None = None,
@@ -232,56 +205,41 @@ def esam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""ESAM: the ascent moves random weights, and the second gradient is of the hardest examples.
 
-    .. math::
-      g \leftarrow \nabla L_S(w + m \circ \rho \, g / (\beta \|g\|)), \qquad P(m_i = 1) = \beta
-
-    where S are the examples whose loss the ascent raises most. `make_selective_grad_fn` makes the
-    `grad_fn` that selects them; with that of `make_grad_fn`, S is the whole batch.
+    .. math:: g \leftarrow \nabla L_S(w + m \circ \rho \, g / (\beta \|g\|)), \;
+      P(m_i = 1) = \beta
 
     Args:
-      rho: radius, >= 0: a number, a traced array, or a schedule of the step count. With the number
-        0 the stage is the identity and takes no gradient.
-      beta: share of the weights that move, in (0, 1]; see `drop_displacement`.
-      key: an int seed, a key from `jax.random.key`, or its uint32 key data.
-      per_tensor: whether whole leaves are drawn, not single weights. Static.
+      rho: radius, >= 0: a number, a traced array, or a schedule; see `sam`.
+      beta: share of the weights that move, in (0, 1]: a number or a traced array.
+      key, per_tensor: see `drop_displacement`.
       epsilon: what guards the division by the norm, > 0; the authors' program has 1e-7.
-      start: number of plain updates before the first sharp one, >= 0; None means 0. Static.
-      every: one sharp update in `every`, >= 1; None means each. Static.
+      start, every: when it acts; see `gradient_at`.
 
     Returns:
-      A stage to be chained before any optimiser; `update` needs `params` and `grad_fn`.
-
-    Raises:
-      ValueError: if an argument is out of range, or `params` or `grad_fn` is missing.
+      A stage to be chained before any optimiser; `update` needs `params` and `grad_fn`: S is the
+      whole batch with that of `make_grad_fn`, a part with that of `make_selective_grad_fn`.
 
     Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> import flatopt
-      >>> def losses_fn(w, x):
-      ...     return 0.5 * (w - x) ** 2
-      >>> tx = optax.chain(flatopt.esam(rho=0.5), optax.sgd(0.1))
-      >>> params, x = jnp.array(0.0), jnp.array([-3.0, 1.0])
-      >>> losses = losses_fn(params, x)
-      >>> grads = flatopt.make_grad_fn(lambda w, x: losses_fn(w, x).mean(), x)(params)
-      >>> grad_fn = flatopt.make_selective_grad_fn(losses_fn, x, clean_losses=losses, share=0.5)
-      >>> updates, _ = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
-      >>> print(updates)
-      -0.35
+      >>> import jax.numpy as jnp, flatopt
+      >>> tx, w = flatopt.esam(rho=0.5), jnp.array([3.0, 4.0])
+      >>> print(tx.update(w, tx.init(w), w, grad_fn=lambda w, i: w)[0])
+      [3.3 4.4]
 
     References:
-      Du et al. Efficient Sharpness-aware Minimization for Improved Training of Neural Networks.
-      arXiv:2110.03141
+      Du et al. Efficient Sharpness-aware Minimization. arXiv:2110.03141
 
-    Notes:
-      With a fixed batch shape the selection saves nothing: the gradient of the others is multiplied
-      by zero. Place: as for `sam`. Gradient evaluations: one extra per sharp update, and one
-      forward pass if examples are selected. State: one key, three integers; one temporary copy of
-      the parameters.
+    Cost: 1 extra gradient; 0 copies (+1 temporary).
     """
     checks.check_number("rho", rho, low=0.0)
+    _check_share("beta", beta)
     perturbation: optax.GradientTransformation = scale_to_norm(rho, epsilon=epsilon)
-    if not (isinstance(beta, int | float) and beta == 1):
-        perturbation = optax.chain(
-            perturbation, drop_displacement(beta, key=key, per_tensor=per_tensor)
-        )
+    if not checks.is_number(beta, 1):
+        mask = drop_displacement(beta, key=key, per_tensor=per_tensor)
+        perturbation = optax.chain(perturbation, mask)
     return ascent_stage(rho, perturbation, start=start, every=every)
+
+
+def _check_share(name: str, share: Any) -> None:
+    checks.check_number(name, share, low=0.0, high=1.0, schedule_allowed=False)
+    if checks.is_number(share, 0):
+        raise ValueError(f"{name}=0 is out of range: it must be in (0, 1].")

@@ -71,6 +71,34 @@ def test_selection_is_jitted_and_ignores_the_nan_of_others():
     np.testing.assert_allclose(grads, 2.5)
 
 
+def test_selection_does_not_hide_a_nan():
+    clean, perturbed = jnp.array([0.0, 0.0, 0.0]), jnp.array([0.1, jnp.nan, 0.3])
+    assert flatopt.select_examples(clean, perturbed, 0.4).tolist() == [False, True, False]
+    grad_fn = flatopt.make_selective_grad_fn(
+        lambda w, x: w * x, perturbed, clean_losses=clean, share=0.4
+    )
+    assert jnp.isnan(grad_fn(jnp.array(1.0)))
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_dropped_entries_do_not_hide_a_nan(per_tensor: bool):
+    grads = {"a": jnp.array([jnp.nan, 1.0]), "b": jnp.array([1.0])}
+    for key in range(8):
+        drop = flatopt.drop_displacement(0.1, key=key, per_tensor=per_tensor)
+        assert jnp.isnan(drop.update(grads, drop.init(grads))[0]["a"][0])
+
+
+def test_schedules_are_refused_where_they_could_not_work():
+    schedule = optax.constant_schedule(0.5)
+    for make in (
+        lambda: flatopt.esam(RHO, beta=schedule),
+        lambda: flatopt.drop_displacement(schedule),
+        lambda: flatopt.select_examples(jnp.ones(2), jnp.ones(2), schedule),
+    ):
+        with pytest.raises(TypeError, match="A schedule is not taken here"):
+            make()
+
+
 @replays("esam")
 def test_replays(golden: Golden) -> None:
     """The official selection is strict; from a share of 0.99 on it takes the whole batch."""

@@ -100,6 +100,27 @@ def test_random_mask_keeps_its_size_where_gradients_are_not_finite():
     assert state.mask.sum() == 30
 
 
+@pytest.mark.parametrize("make", [flatopt.mask_by_fisher, flatopt.mask_at_random])
+def test_masks_do_not_hide_a_nan(make):
+    perturbation = make(flatopt.scale_to_norm(1.0), sparsity=0.5, every=1)
+    params, state = jnp.ones(8), perturbation.init(jnp.ones(8))
+    for place in range(8):
+        grads = params.at[place].set(jnp.nan)
+        displacement, state = perturbation.update(grads, state, params)
+        # The first Fisher mask has seen no finite gradient yet, and is that of zeros.
+        assert jnp.isnan(displacement).sum() == 4
+        _, state = perturbation.update(params, state, params)
+
+
+@pytest.mark.parametrize("make", [flatopt.mask_by_fisher, flatopt.mask_at_random])
+def test_arguments_that_could_not_work_are_refused(make):
+    schedule = optax.constant_schedule(0.5)
+    with pytest.raises(TypeError, match=r"sparsity=.* A schedule is not taken here"):
+        make(flatopt.scale_to_norm(1.0), schedule, every=1)
+    with pytest.raises(TypeError, match=r"perturbation=0\.05 must be an optax transformation"):
+        make(0.05, 0.5, every=1)
+
+
 @replays("ssam")
 def test_replays_ssam(golden: Golden) -> None:
     mask = {name: jnp.asarray(m, bool) for name, m in golden.tree("mask").items()}
