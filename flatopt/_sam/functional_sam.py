@@ -1,4 +1,4 @@
-"""Functional SAM: the gradient through the network alone."""
+"""Functional SAM (Singh et al., arXiv:2502.02407): the gradient through the network alone."""
 
 import dataclasses
 from collections.abc import Callable
@@ -39,45 +39,31 @@ def functional_value_and_grad(
 ) -> tuple[jax.Array, optax.Updates, FunctionalGradFn]:
     r"""The clean pass of functional SAM: loss, gradient, and the `grad_fn` for any SAM stage.
 
-    With :math:`L(w) = \ell(f(w))`, a stage that calls this `grad_fn` at :math:`w + \epsilon` gets
-
-    .. math:: J_f(w + \epsilon)^\top \, \nabla_f \, \ell(f(w))
-
-    so that the ascent bends the network but does not merely make its outputs less sure.
+    .. math:: L(w) = \ell(f(w)), \qquad
+      \texttt{grad\_fn}(w + \epsilon) = J_f(w + \epsilon)^\top \, \nabla_f \, \ell(f(w))
 
     Args:
       network_fn: f, called as `network_fn(params, inputs)`; returns the outputs, such as logits.
       loss_head: :math:`\ell`, called as `loss_head(outputs, *targets)`; returns a scalar.
-      params: the parameters.
-      inputs: inputs of the network.
+      params, inputs: what the network is called with.
       *targets: what the loss needs besides the outputs.
 
     Returns:
-      `(loss, grads, grad_fn)`.
+      `(loss, grads, grad_fn)`; the ascent bends the network, and not only its sureness.
 
     Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> import flatopt
-      >>> def network_fn(w, x):
-      ...     return jnp.tanh(w * x)
-      >>> def loss_head(outputs, y):
-      ...     return 0.5 * jnp.mean((outputs - y) ** 2)
-      >>> params, x, y = jnp.array(0.5), jnp.array([1.0, 2.0]), jnp.array([1.0, 1.0])
-      >>> tx = optax.chain(flatopt.sam(rho=0.1), optax.sgd(0.1))
+      >>> import jax.numpy as jnp, flatopt
+      >>> loss_head = lambda outputs, y: 0.5 * jnp.mean((outputs - y) ** 2)
       >>> loss, grads, grad_fn = flatopt.functional_value_and_grad(
-      ...     network_fn, loss_head, params, x, y
-      ... )
-      >>> updates, _ = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
-      >>> print(f"{loss:.4f} {grads:.4f} {updates:.4f}")
-      0.0865 -0.3116 0.0363
+      ...     lambda w, x: w * x, loss_head, jnp.array(0.5), jnp.array([1.0, 2.0]), jnp.ones(2))
+      >>> print(loss, grads, grad_fn(jnp.array(0.7)))
+      0.0625 -0.25 -0.25
 
     References:
       Singh, Mobahi, Agarwala, Dauphin. Avoiding Spurious Sharpness Minimization Broadens
       Applicability of SAM. arXiv:2502.02407
 
-    Notes:
-      Gradient evaluations: as for the stage. Memory: the cotangent, of the size of the outputs,
-      lives until the second gradient: for a language model, one more array of logits.
+    Cost: 1 gradient; the gradient of the outputs lives until `grad_fn` is called.
     """
     outputs, pull_back = jax.vjp(lambda p: network_fn(p, inputs), params)
     loss, cotangent = jax.value_and_grad(loss_head)(outputs, *targets)

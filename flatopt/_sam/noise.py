@@ -1,4 +1,4 @@
-"""Random displacements, scaled to the filters of a network."""
+"""Random displacements, scaled to the filters of a network (Li et al., arXiv:2404.00357)."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,25 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._core import checks, rng, tree_math
-from flatopt._core.timing import value_at
+from flatopt._core.timing import nonnegative_at
+
+
+def filter_squares(x: jax.Array, filter_axis: int | None) -> jax.Array:
+    """Sum of squares over each filter, with the axes kept; float32 at least.
+
+    A bias has one entry a filter: its squares as they are.
+    """
+    if x.ndim < 2:
+        return tree_math.square(x)
+    axis = (-1 if filter_axis is None else filter_axis) % x.ndim
+    axes = tuple(a for a in range(x.ndim) if a != axis)
+    return jnp.sum(tree_math.square(x), axis=axes, keepdims=True)
+
+
+def filter_norms(x: jax.Array, filter_axis: int | None) -> jax.Array:
+    """Norm of each filter; of a bias, the norm of the whole, since its entries may be zero."""
+    squares = filter_squares(x, filter_axis)
+    return jnp.sqrt(squares if x.ndim > 1 else jnp.sum(squares))
 
 
 class NoiseState(NamedTuple):
@@ -18,6 +36,50 @@ class NoiseState(NamedTuple):
     """
 
     key: jax.Array
+
+
+def standard_normal(key: rng.KeyLike = 0) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces the gradient by independent standard normal numbers.
+
+    .. math:: z \sim \mathcal{N}(0, 1)
+
+    Args:
+      key: an int seed, a key from `jax.random.key`, or its uint32 key data.
+
+    Returns:
+      A transformation; whatever comes in, only its shapes and dtypes matter.
+
+    Examples:
+      >>> import jax.numpy as jnp, flatopt
+      >>> noise, zeros = flatopt.standard_normal(key=0), jnp.zeros(1000)
+      >>> draws, _ = noise.update(zeros, noise.init(zeros))
+      >>> print(bool(abs(draws.mean()) < 0.1), bool(abs(draws.std() - 1) < 0.1))
+      True True
+
+    References:
+      Li et al. Revisiting Random Weight Perturbation for Efficiently Improving Generalization.
+      arXiv:2404.00357
+
+    Cost: 0 extra gradients; 0 copies (+1 temporary).
+    """
+    stream = rng.Stream(key)
+
+    def init_fn(params: optax.Params) -> NoiseState:
+        del params
+        return NoiseState(stream.init())
+
+    def update_fn(
+        updates: optax.Updates, state: NoiseState, params: Any = None, **extra_args: Any
+    ) -> tuple[optax.Updates, NoiseState]:
+        del params, extra_args
+        # A gradient at the point that the noise leads to waits for this one: side by side, they
+        # would keep the activations of both in memory.
+        key, updates = jax.lax.optimization_barrier((state.key, updates))
+        keep, use = stream.split(key)
+        draws = optax.tree.cast_like(rng.normal_like(use, updates), updates)
+        return draws, NoiseState(keep)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 class FilterNoiseState(NamedTuple):
@@ -32,58 +94,6 @@ class FilterNoiseState(NamedTuple):
     noise_state: optax.OptState
 
 
-def standard_normal(key: rng.KeyLike = 0) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces the gradient by independent standard normal numbers.
-
-    .. math:: z \sim \mathcal{N}(0, 1)
-
-    Args:
-      key: an int seed, a key from `jax.random.key`, or its uint32 key data.
-
-    Returns:
-      A transformation; whatever comes in, only its shapes and dtypes matter.
-
-    Raises:
-      TypeError: if `key` is none of these.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import flatopt
-      >>> noise = flatopt.standard_normal(key=0)
-      >>> draws, _ = noise.update(jnp.zeros(1000), noise.init(jnp.zeros(1000)))
-      >>> print(bool(abs(draws.mean()) < 0.1), bool(abs(draws.std() - 1) < 0.1))
-      True True
-
-    References:
-      Li et al. Revisiting Random Weight Perturbation for Efficiently Improving Generalization.
-      arXiv:2404.00357
-
-    Notes:
-      State: one key. Under `jax.vmap` over replicas each must get a key of its own.
-    """
-    data = rng.key_data(key)
-
-    def init_fn(params: optax.Params) -> NoiseState:
-        del params
-        return NoiseState(key=jnp.array(data))
-
-    def update_fn(
-        updates: optax.Updates,
-        state: NoiseState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, NoiseState]:
-        del params, extra_args
-        # A gradient at the point that the noise leads to waits for this one: side by side, they
-        # would keep the activations of both in memory.
-        key, updates = jax.lax.optimization_barrier((state.key, updates))
-        keep, use = rng.split(key)
-        draws = optax.tree.cast_like(rng.normal_like(use, updates), updates)
-        return draws, NoiseState(keep)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
 def filter_noise(
     std: optax.ScalarOrSchedule,
     *,
@@ -91,83 +101,52 @@ def filter_noise(
     filter_axis: int | None = None,
     noise: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""A random displacement in proportion to the norm of each filter.
+    r"""A random displacement in proportion to the norm of each filter, or of a whole bias.
 
     .. math:: \epsilon_f = \sigma \, \|w_f\| \, z_f, \qquad z \sim \mathcal{N}(0, 1)
 
-    A filter f is a slice of a leaf along `filter_axis`: the weights into one unit or channel. A
-    leaf with less than two axes, such as a bias, has one norm for all.
-
     Args:
-      std: :math:`\sigma`, >= 0: a number, a traced array, or a schedule of the step count (negative
-        values of a schedule count as 0).
+      std: :math:`\sigma` >= 0: a number, a traced array, or a schedule of the step count.
       key: an int seed, a key from `jax.random.key`, or its uint32 key data.
-      filter_axis: the axis that numbers the filters; None means the last, as in Flax kernels; 0 for
-        PyTorch's. Static.
+      filter_axis: the axis that numbers the filters, the weights into one unit or channel; None
+        means the last, as in Flax kernels; 0 for PyTorch's. Static.
       noise: transformation that draws z; None means `standard_normal(key)`.
 
     Returns:
       A perturbation that uses nothing of the gradient but shapes and dtypes; needs `params`.
 
-    Raises:
-      ValueError: if `std` is negative or not finite, or `params` is missing.
-
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import flatopt
-      >>> perturbation = flatopt.filter_noise(std=0.01, key=0)
-      >>> kernel = jnp.array([[3.0, 0.0], [4.0, 0.0]])
-      >>> displacement, _ = perturbation.update(kernel, perturbation.init(kernel), kernel)
-      >>> print(displacement[:, 1])
+      >>> import jax.numpy as jnp, flatopt
+      >>> perturbation, w = flatopt.filter_noise(std=0.01), jnp.array([[3.0, 0.0], [4.0, 0.0]])
+      >>> print(perturbation.update(w, perturbation.init(w), w)[0][:, 1])
       [0. 0.]
 
     References:
       Li et al. Revisiting Random Weight Perturbation for Efficiently Improving Generalization.
       arXiv:2404.00357
 
-    Notes:
-      Gradient evaluations: none of its own. State: one key and one integer.
+    Cost: 0 extra gradients; 0 copies (+1 temporary).
     """
     checks.check_number("std", std, low=0.0)
-    noise = optax.with_extra_args_support(standard_normal(key) if noise is None else noise)
+    noise = checks.as_transformation("noise", standard_normal(key) if noise is None else noise)
 
     def init_fn(params: optax.Params) -> FilterNoiseState:
         return FilterNoiseState(jnp.zeros([], jnp.int32), noise.init(params))
 
     def update_fn(
-        updates: optax.Updates,
+        updates: Any,
         state: FilterNoiseState,
-        params: optax.Params | None = None,
+        params: Any = None,
         *,
-        step: jax.typing.ArrayLike | None = None,
-        **extra_args: Any,
+        step: Any = None,
+        **kwargs: Any,
     ) -> tuple[optax.Updates, FilterNoiseState]:
         checks.require_params("filter_noise", params)
-        draws, noise_state = noise.update(updates, state.noise_state, params, **extra_args)
-        sigma = jnp.maximum(value_at(std, state.step if step is None else step), 0)
+        draws, noise_state = noise.update(updates, state.noise_state, params, **kwargs)
+        sigma = nonnegative_at(std, state.step if step is None else step)
         displacement = jax.tree.map(
             lambda z, w: (sigma * filter_norms(w, filter_axis) * z).astype(z.dtype), draws, params
         )
         return displacement, FilterNoiseState(optax.safe_increment(state.step), noise_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def filter_squares(x: jax.Array, filter_axis: int | None) -> jax.Array:
-    """Sum of squares over each filter, with the axes kept; float32 at least.
-
-    A bias has one entry a filter: its squares as they are.
-    """
-    wide = x.astype(tree_math.accumulator_dtype(x.dtype))
-    squares = (wide.conj() * wide).real
-    if x.ndim < 2:
-        return squares
-    axis = (-1 if filter_axis is None else filter_axis) % x.ndim
-    axes = tuple(a for a in range(x.ndim) if a != axis)
-    return jnp.sum(squares, axis=axes, keepdims=True)
-
-
-def filter_norms(x: jax.Array, filter_axis: int | None) -> jax.Array:
-    """Norm of each filter; of a bias, the norm of the whole, since its entries may be zero."""
-    squares = filter_squares(x, filter_axis)
-    return jnp.sqrt(squares if x.ndim > 1 else jnp.sum(squares))

@@ -22,37 +22,26 @@ def sam_on(
     .. math:: g \leftarrow \nabla L(w + \rho \, (m \circ g) / \|m \circ g\|)
 
     Args:
-      rho: radius, >= 0: a number, a traced array, or a schedule of the step count. With the number
-        0 the stage is the identity and takes no gradient.
+      rho: radius, >= 0: a number, a traced array, or a schedule; see `sam`.
       mask: what moves; see `mask_displacement`. None: `normalisation_mask`. Static.
-      start: number of plain updates before the first sharp one, >= 0; None means 0. Static.
-      every: one sharp update in `every`, >= 1; None means each. Static.
+      start, every: when it acts; see `gradient_at`.
 
     Returns:
       A stage to be chained before any optimiser; `update` needs `params` and `grad_fn`.
 
-    Raises:
-      ValueError: if an argument is out of range, `params` or `grad_fn` is missing, or no
-        normalisation layer is found.
-
     Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> import flatopt
-      >>> tx = optax.chain(flatopt.sam_on(rho=0.5), optax.sgd(0.1))
-      >>> params = {"dense": {"kernel": jnp.array([3.0])}, "norm": {"scale": jnp.array([1.0])}}
-      >>> grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * optax.tree.norm(w, squared=True))
-      >>> updates, _ = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
-      >>> print(updates["dense"]["kernel"], updates["norm"]["scale"])
-      [-0.3] [-0.15]
+      >>> import jax.numpy as jnp, flatopt
+      >>> tx = flatopt.sam_on(rho=0.5)
+      >>> w = {"dense": {"kernel": jnp.array([3.0])}, "norm": {"scale": jnp.array([1.0])}}
+      >>> grads, _ = tx.update(w, tx.init(w), w, grad_fn=lambda w, i: w)
+      >>> print(grads["dense"]["kernel"], grads["norm"]["scale"])
+      [3.] [1.5]
 
     References:
       Müller, Vlaar, Rolnick, Hein. Normalization Layers Are All That Sharpness-Aware Minimization
       Needs. arXiv:2306.04226
 
-    Notes:
-      Unlike `sparse_sam`, the chosen weights get the whole radius. Place: as for `sam`. Gradient
-      evaluations: one extra per sharp update. State: two integers; one temporary copy of the
-      parameters.
+    Cost: 1 extra gradient; 0 copies (+1 temporary).
     """
     checks.check_number("rho", rho, low=0.0)
     chosen = mask_displacement(normalisation_mask if mask is None else mask)
@@ -69,14 +58,10 @@ def normalisation_mask(params: optax.Params) -> Any:
       params: parameters as nested mappings or objects, as of Flax or Haiku.
 
     Returns:
-      A tree of bools with the structure of `params`.
-
-    Raises:
-      ValueError: if there is no such leaf.
+      A tree of bools with the structure of `params`; an error if there is no such leaf.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import flatopt
+      >>> import jax.numpy as jnp, flatopt
       >>> params = {"dense": {"bias": jnp.ones(2)}, "norm": {"bias": 0.0, "scale": 1.0}}
       >>> print(flatopt.normalisation_mask(params))
       {'dense': {'bias': False}, 'norm': {'bias': True, 'scale': True}}
@@ -85,9 +70,7 @@ def normalisation_mask(params: optax.Params) -> Any:
       Müller, Vlaar, Rolnick, Hein. Normalization Layers Are All That Sharpness-Aware Minimization
       Needs. arXiv:2306.04226
 
-    Notes:
-      BatchNorm, LayerNorm, GroupNorm and RMSNorm of Flax and Haiku are found so. Where a library
-      calls its scale otherwise, pass a mask of your own.
+    Cost: 0 gradients.
     """
     paths, structure = jax.tree.flatten_with_path(params)
     names = [[_name(entry) for entry in path] for path, _ in paths]
