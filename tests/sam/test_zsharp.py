@@ -37,5 +37,5 @@ def test_what_is_not_finite_shows_in_the_displacement(bad, size):
 
 
 def test_no_schedule_of_the_quantile():
-    with pytest.raises(TypeError, match="quantile=.* A schedule is not taken here"):
+    with pytest.raises(TypeError, match=r"quantile=.* A schedule is not taken here"):
         flatopt.zsharp(RHO, quantile=optax.constant_schedule(0.5))
