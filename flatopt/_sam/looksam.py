@@ -20,11 +20,13 @@ def climb_to_layer_norms(grads: Any, params: Any, rho: Any) -> Any:
 def unit_across(perturbed: Any, clean: Any) -> Any:
     r""":math:`v = p_{\perp c} / \|p_{\perp c}\|`; zeros where p and c are parallel, or one is 0."""
     size = tree_math.norm(clean)
-    unit = jax.tree.map(lambda c: tree_math.ratio_or_zero(1, size) * c, clean)
+    inverse = tree_math.ratio_or_zero(1, size)
+    unit = jax.tree.map(lambda c: inverse * c, clean)
     # The published programs divide by |c|^2 + 1e-12, which small gradients must not feel.
     guard = jnp.minimum(1e-6 / size, 1e-4) ** 2
     parallel = tree_math.vdot(unit, perturbed) / (1 + guard)
-    across = tree_math.add_scaled(perturbed, -parallel, unit)
+    # Of `clean`: to keep `unit` would take a copy of the parameters (test_temporary_copies).
+    across = tree_math.add_scaled(perturbed, -parallel * inverse, clean)
     length = tree_math.norm(across)
     # What rounding and the guard leave of parallel gradients is no direction.
     rounding = max((jnp.finfo(x.dtype).eps for x in jax.tree.leaves(perturbed)), default=0.0)
@@ -93,11 +95,10 @@ def reuse_direction(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Takes the gradient at a displaced point once in a while, and reuses what it adds in between.
 
-    .. math:: p = \nabla L(w + \epsilon(c)), \; v = p_{\perp c} / \|p_{\perp c}\|; \quad
-      \text{then } c + \alpha \|c\| v
+    .. math:: p = \nabla L(w + \epsilon), v = p_{\perp c} / \|p_{\perp c}\|; \; c + \alpha \|c\| v
 
     Args:
-      perturbation: from a gradient to a displacement, as for `gradient_at`.
+      perturbation: from a gradient c to a displacement, as for `gradient_at`.
       every, start: when p is taken; see `gradient_at`. Before the first v, c passes.
       alpha: share of the reused direction, >= 0: a number, a traced array, or a schedule.
       layerwise: whether v and the norm of c are those of each leaf, not of the whole tree. Static.
@@ -148,7 +149,8 @@ def reuse_direction(
             grads = optax.tree.cast_like(grads, updates)
             new = optax.tree.cast_like(each(unit_across, grads, clean), old)
             # Else one overflow would spoil the next updates too.
-            return grads, ascent, optax.tree.where(jnp.isfinite(tree_math.norm(new)), new, old)
+            finite = jnp.isfinite(tree_math.norm(clean) + tree_math.norm(grads))
+            return grads, ascent, optax.tree.where(finite, new, old)
 
         carry = (updates, state.perturbation_state, state.direction)
         grads, ascent, direction = when.run(state.step, sharp, carry)
