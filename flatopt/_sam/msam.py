@@ -52,8 +52,7 @@ def msam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Momentum-SAM: sharpness-aware training without an extra gradient.
 
-    .. math:: w_t = c_t - \rho \, m_{t-1} / (\|m_{t-1}\| + 10^{-12}), \;
-      c_{t+1} = c_t + u(\nabla L(w_t), c_t)
+    .. math:: w_t = c_t - \rho \, m_{t-1} / \|m_{t-1}\|, \quad c_{t+1} = c_t + u(\nabla L(w_t), c_t)
 
     Args:
       optimizer: any optax transformation whose state holds one momentum (`trace`, `mu`, or that of
@@ -73,7 +72,8 @@ def msam(
       0.30 0.80
 
     References:
-      Becker, Altrock, Risse. Momentum-SAM. arXiv:2401.12033
+      Becker, Altrock, Risse. Momentum-SAM: Sharpness Aware Minimization without Computational
+      Overhead. arXiv:2401.12033
 
     Cost: 0 extra gradients; 0 copies.
     """

@@ -13,7 +13,7 @@ from flatopt._sam import combiners
 
 
 def ascent_point(params: Any, gradient: Any, rho: Any) -> Any:
-    r""":math:`w + \rho \, q / (\|q\| + 10^{-12})`; a schedule that dips below zero counts as zero."""
+    r""":math:`w + \rho \, q / (\|q\| + 10^{-12})`; a rho below zero counts as zero."""
     length = jnp.maximum(rho, 0) / (tree_math.norm(gradient) + tree_math.EPSILON)
     return tree_math.add_scaled(params, length, gradient)
 
