@@ -1,4 +1,7 @@
-"""SAM for loops that take one gradient at a time: two calls of `update` make one step."""
+"""SAM (Foret et al., arXiv:2010.01412) for loops that take one gradient at a time.
+
+Two calls of `update` make one step.
+"""
 
 from typing import Any, NamedTuple
 
@@ -35,64 +38,46 @@ class AlternateState(NamedTuple):
         return jax.tree.map(leaf, params, tree_math.merge_masked([self.clean], params))
 
 
+def way_to(target: Any, params: Any, updates: Any) -> optax.Updates:
+    """`target - params` in the dtypes of `updates`.
+
+    The difference of two near numbers is exact: the caller's sum gives `target` again.
+    """
+    return jax.tree.map(lambda t, p, u: (t - p).astype(u.dtype), target, params, updates)
+
+
 def alternate(
     optimizer: optax.GradientTransformation, perturbation: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
     r"""SAM without `grad_fn`, for loops that cannot pass a function: one gradient a call.
 
-    .. math::
-      \text{first call:} \quad & w' = w + \epsilon(\nabla L(w)) \\
-      \text{second call:} \quad & w_+ = w + u(\nabla L(w'), w)
-
-    The first call of a pair moves the parameters to the displaced point; the loop takes its next
-    gradient there. The second brings them back and does the step of `optimizer`. Given the same
-    batch twice, a pair is one step of `optax.chain(flatopt.gradient_at(perturbation), optimizer)`.
+    .. math:: w' = w + \epsilon(\nabla L(w)), \; \text{ next call: } \; w_+ = w + u(\nabla L(w'), w)
 
     Args:
-      perturbation: transformation from a gradient to a displacement, such as `scale_to_norm(rho)`;
-        it is given the clean parameters, and `step=`, the number of the pair.
-      optimizer: any optax transformation. It runs in second calls only, so that its schedules and
-        counters count whole steps; it is shown the clean parameters as `params`.
+      optimizer: any optax transformation u. It runs in second calls only, and sees the clean w.
+      perturbation: from a gradient to a displacement, such as `scale_to_norm(rho)`; it is given the
+        clean w, and `step=`, the number of the pair.
 
     Returns:
-      A wrapper to be outermost. `update` needs `params`. Between the calls of a pair,
+      A wrapper to be outermost; `update` needs `params`. Between the calls of a pair,
       `flatopt.eval_params(opt_state, params)` is the clean point.
 
-    Raises:
-      ValueError: if `params` is missing.
-
     Examples:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import flatopt
+      >>> import jax.numpy as jnp, optax, flatopt
       >>> tx = flatopt.alternate(optax.sgd(0.1), flatopt.scale_to_norm(0.5))
-      >>> params = jnp.array([3.0, 4.0])
-      >>> opt_state = tx.init(params)
-      >>> for _ in range(2):
-      ...     grads = jax.grad(lambda w: 0.5 * jnp.sum(w**2))(params)
-      ...     updates, opt_state = tx.update(grads, opt_state, params)
-      ...     params = optax.apply_updates(params, updates)
-      ...     print(params, flatopt.eval_params(opt_state, params))
+      >>> w = jnp.array([3.0, 4.0])
+      >>> opt_state = tx.init(w)
+      >>> for _ in range(2):  # The gradient of |w|^2 / 2 is w.
+      ...     updates, opt_state = tx.update(w, opt_state, w)
+      ...     w = optax.apply_updates(w, updates)
+      ...     print(w, flatopt.eval_params(opt_state, w))
       [3.3 4.4] [3. 4.]
       [2.67 3.56] [2.67 3.56]
 
-    References:
-      Foret, Kleiner, Mobahi, Neyshabur. Sharpness-Aware Minimization for Efficiently Improving
-      Generalization. arXiv:2010.01412
-
-    Notes:
-      Place: outermost, with clipping, decay and averages inside; what stands before it sees both
-      gradients. The loop decides which batches make a pair: each batch twice is SAM; a fresh batch
-      every call is another, noisier method that takes half as many steps. Losses reported in second
-      calls, and a `value=` handed over there, are those of the displaced point. Around it,
-      `optax.MultiSteps(alternate(...), k)` is SAM on the mean of k batches if they come twice, and
-      `optax.apply_if_finite` leaves out a call whose gradient is not finite: the half that is
-      missing is done by the next call. Gradient evaluations: none of its own; two calls a step.
-      State: one copy of the parameters besides the inner states. It holds the clean point, not the
-      displacement, so the way back has one rounding and loses nothing however large the
-      displacement.
+    Cost: 0 extra gradients, but 2 calls a step; 1 copy.
     """
-    perturbation = optax.with_extra_args_support(perturbation)
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = checks.as_transformation("optimizer", optimizer)
+    perturbation = checks.as_transformation("perturbation", perturbation)
 
     def init_fn(params: optax.Params) -> AlternateState:
         return AlternateState(
@@ -113,26 +98,17 @@ def alternate(
 
         def leave(carry: tuple[optax.Updates, AlternateState]) -> Any:
             updates, state = carry
-            displacement, perturbation_state = perturbation.update(
-                updates, state.perturbation_state, params, **{**extra_args, "step": state.step}
-            )
-            return optax.tree.cast_like(displacement, updates), state._replace(
-                perturbed=jnp.ones([], bool), clean=params, perturbation_state=perturbation_state
-            )
+            kwargs = extra_args | {"step": state.step}
+            moves, ascent = perturbation.update(updates, state.perturbation_state, params, **kwargs)
+            state = state._replace(clean=params, perturbation_state=ascent)
+            return optax.tree.cast_like(moves, updates), state._replace(perturbed=jnp.array(True))
 
         def come_back(carry: tuple[optax.Updates, AlternateState]) -> Any:
             updates, state = carry
-            inner_updates, inner_state = optimizer.update(
-                updates, state.inner_state, state.clean, **extra_args
-            )
-            # The difference of two near numbers is exact: the caller's sum gives `target` again.
-            target = optax.apply_updates(state.clean, inner_updates)
-            moves = jax.tree.map(lambda t, p, u: (t - p).astype(u.dtype), target, params, updates)
-            return moves, state._replace(
-                step=optax.safe_increment(state.step),
-                perturbed=jnp.zeros([], bool),
-                inner_state=inner_state,
-            )
+            moves, inner = optimizer.update(updates, state.inner_state, state.clean, **extra_args)
+            target = optax.apply_updates(state.clean, moves)
+            state = state._replace(step=optax.safe_increment(state.step), inner_state=inner)
+            return way_to(target, params, updates), state._replace(perturbed=jnp.array(False))
 
         carry = tree_math.apply_if(state.perturbed, come_back, (updates, state))
         return tree_math.apply_if(~state.perturbed, leave, carry)

@@ -31,11 +31,10 @@ def asam(
       A stage to be chained before any optimiser; `update` needs `params` and `grad_fn`.
 
     Examples:
-      >>> import jax.numpy as jnp, optax, flatopt
-      >>> tx, params = optax.chain(flatopt.asam(rho=0.5), optax.sgd(0.1)), jnp.array([1.0, -2.0])
-      >>> grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * jnp.sum(w**2))
-      >>> print(tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0])
-      [-0.1123  0.2975]
+      >>> import jax.numpy as jnp, flatopt
+      >>> tx, w = flatopt.asam(rho=0.5), jnp.array([1.0, -2.0])
+      >>> print(tx.update(w, tx.init(w), w, grad_fn=lambda w, i: w)[0])
+      [ 1.123 -2.975]
 
     References:
       Kwon, Kim, Park, Choi. ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant

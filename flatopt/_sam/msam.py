@@ -52,25 +52,23 @@ def msam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Momentum-SAM: sharpness-aware training without an extra gradient.
 
-    .. math:: w_t = c_t - \rho_{t-1} \, m_{t-1} / (\|m_{t-1}\| + 10^{-12}), \qquad
-      c_{t+1} = c_t + u(\nabla L(w_t), c_t)
+    .. math:: w_t = c_t - \rho \, m_{t-1} / \|m_{t-1}\|, \quad c_{t+1} = c_t + u(\nabla L(w_t), c_t)
 
     Args:
       optimizer: any optax transformation whose state holds one momentum (`trace`, `mu`, or that of
-        `optax.ema`); the raw buffer is used. Leaves without one are not displaced.
-      rho: length of the displacement against the momentum, any finite number, 0.3 and above are
-        usual; negative is the ascent variant. A number, a traced array, or a schedule of the step
-        count. With the number 0 this is `optimizer`, bit for bit.
+        `optax.ema`), m; leaves without one are not displaced.
+      rho: length of the displacement, 0.3 and above are usual; negative is the ascent variant. A
+        number, a traced array, or a schedule. 0: `optimizer`, bit for bit.
 
     Returns:
       A wrapper to be outermost. Evaluate at the centre c: `flatopt.eval_params(opt_state, params)`.
 
     Examples:
       >>> import jax.numpy as jnp, optax, flatopt
-      >>> tx, params = flatopt.msam(optax.sgd(0.1, momentum=0.9), rho=0.5), jnp.array(1.0)
-      >>> updates, opt_state = tx.update(jnp.array(2.0), tx.init(params), params)
-      >>> params = optax.apply_updates(params, updates)
-      >>> print(f"{params:.2f} {flatopt.eval_params(opt_state, params):.2f}")
+      >>> tx, w = flatopt.msam(optax.sgd(0.1, momentum=0.9), rho=0.5), jnp.array(1.0)
+      >>> updates, opt_state = tx.update(jnp.array(2.0), tx.init(w), w)
+      >>> w = optax.apply_updates(w, updates)
+      >>> print(f"{w:.2f} {flatopt.eval_params(opt_state, w):.2f}")
       0.30 0.80
 
     References:
@@ -118,7 +116,8 @@ def msam_sgd(
 
     Cost: 0 extra gradients; 0 copies.
     """
-    checks.check_number("momentum", momentum, low=0.0, high=1.0)
+    checks.check_number("learning_rate", learning_rate)
+    checks.check_number("momentum", momentum, low=0.0, high=1.0, schedule_allowed=False)
     if checks.is_number(momentum, 0):
         raise ValueError(
             f"momentum={momentum!r} is out of range: it must be in (0, 1], for it is divided by."
@@ -140,7 +139,7 @@ def _displaced(
 ) -> optax.GradientTransformationExtraArgs:
     checks.check_number("rho", rho)
     off = checks.is_number(rho, 0)  # Adding zero would still change how XLA rounds.
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = checks.as_transformation("optimizer", optimizer)
 
     def init_fn(params: optax.Params) -> MsamState:
         inner_state = optimizer.init(params)

@@ -15,22 +15,19 @@ def sam(
     .. math:: g \leftarrow \nabla L\big(w + \rho \, g / (\|g\| + 10^{-12})\big)
 
     Args:
-      rho: radius, >= 0, in units of the parameters' Euclidean norm; 0.05 to 0.2 are usual for
-        convolutional networks. A number, a traced array, or a schedule of the step count. With the
-        number 0 the stage is the identity and takes no gradient.
+      rho: radius, >= 0, in units of the parameters' norm; 0.05 to 0.2 are usual. A number, a traced
+        array, or a schedule of the step count. The number 0: the identity, without a gradient.
       start, every: when it acts; see `gradient_at`.
 
     Returns:
-      A stage to be chained before any optimiser, with clipping and decay between the two; `update`
-      needs `params` and `grad_fn`. After the optimiser, or alone, it would climb.
+      A stage to be chained before any optimiser; `update` needs `params` and `grad_fn`.
 
     Examples:
       >>> import jax.numpy as jnp, optax, flatopt
       >>> tx = optax.chain(flatopt.sam(rho=0.05), optax.sgd(0.1, momentum=0.9))
       >>> params, batch = jnp.array([1.0, -2.0]), jnp.eye(2)
       >>> grad_fn = flatopt.make_grad_fn(lambda w, x: jnp.mean((x @ w) ** 2), batch)
-      >>> updates, _ = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
-      >>> print(updates)
+      >>> print(tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0])
       [-0.1022  0.2045]
 
     References:

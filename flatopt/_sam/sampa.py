@@ -1,4 +1,4 @@
-"""SAMPa: the two gradients of a step do not wait for one another."""
+"""SAMPa (Xie et al., arXiv:2410.10683): the two gradients of a step do not wait for one another."""
 
 from typing import Any, NamedTuple
 
@@ -9,6 +9,36 @@ import optax
 from flatopt._core import checks, tree_math
 from flatopt._core.grad_fn import GradientFunction
 from flatopt._core.timing import value_at
+from flatopt._sam import combiners
+
+
+def ascent_point(params: Any, gradient: Any, rho: Any) -> Any:
+    r""":math:`w + \rho \, q / (\|q\| + 10^{-12})`; a rho below zero counts as zero."""
+    length = jnp.maximum(rho, 0) / (tree_math.norm(gradient) + tree_math.EPSILON)
+    return tree_math.add_scaled(params, length, gradient)
+
+
+def both_gradients(
+    grad_fn: GradientFunction, first: Any, second: Any, axis_name: str | None
+) -> tuple[Any, Any]:
+    """Gradient 0 at `first` and gradient 1 at `second`, at once."""
+    if axis_name is None:
+        points = jax.tree.map(lambda a, b: jnp.stack([a, b]), first, second)
+        grads = jax.vmap(grad_fn)(points, jnp.arange(2))
+        return jax.tree.map(lambda g: g[0], grads), jax.tree.map(lambda g: g[1], grads)
+    number = jax.lax.axis_size(axis_name)
+    if number != 2:
+        raise ValueError(
+            f"axis_name={axis_name!r} names a mesh axis of size "
+            f"{number}: flatopt.sampa needs 2, one device a gradient."
+        )
+    index = jax.lax.axis_index(axis_name)
+    grads = grad_fn(optax.tree.where(index == 0, first, second), index)
+    zeros = optax.tree.zeros_like(grads)
+    return (
+        jax.lax.psum(optax.tree.where(index == 0, grads, zeros), axis_name),
+        jax.lax.psum(optax.tree.where(index == 1, grads, zeros), axis_name),
+    )
 
 
 class SampaState(NamedTuple):
@@ -35,83 +65,39 @@ def sampa(
 ) -> optax.GradientTransformationExtraArgs:
     r"""SAMPa: SAM whose two gradients are taken at the same time.
 
-    With q the last gradient at the extrapolated point, and u(g) the update that `optimizer` makes
-    of the gradient g:
-
-    .. math::
-      p = \nabla L_0(w + \rho \, q / \|q\|), \qquad
-      q' = \nabla L_1(w + u(q)), \qquad
+    .. math:: p = \nabla L_0(w + \rho \, q / \|q\|), \quad q' = \nabla L_1(w + u(q)), \quad
       w \leftarrow w + u\big((1 - \lambda) \, p + \lambda \, q'\big)
 
     Args:
-      optimizer: any optax transformation.
-      rho: radius, >= 0: a number, a traced array, or a schedule of the step count. With the number
-        0 this is `optimizer` and takes no gradient of its own.
-      mix: :math:`\lambda`, share of the extrapolated gradient, in [0, 1]: likewise.
-      axis_name: name of a mesh axis of size 2 that the step runs in under `shard_map`: each of the
-        two devices takes one gradient. None: one `vmap` over both. Static.
+      optimizer: any optax transformation, u.
+      rho: radius, >= 0: a number, a traced array, or a schedule; see `sam`.
+      mix: :math:`\lambda`, share of the gradient q at the extrapolated point, in [0, 1]: likewise.
+      axis_name: a mesh axis of size 2 that the step runs in under `shard_map`, one gradient on each
+        of its devices; None: one `vmap` over both. Static.
 
     Returns:
-      A wrapper to be outermost; `update` needs `params` and `grad_fn`. `grad_fn(params, 0)` is the
-      gradient at the ascent point, which the authors take on the batch of the step before;
-      `grad_fn(params, 1)` the one at the extrapolated point, on the batch of this step. The
-      gradient that the loop passes is not used: under `jit` it is not even computed.
-
-    Raises:
-      ValueError: if an argument is out of range, `params` or `grad_fn` is missing, or the mesh axis
-        has not two devices.
+      A wrapper to be outermost; `update` needs `params` and `grad_fn`, of which it takes
+      `grad_fn(w, 0)` for p and `grad_fn(w, 1)` for q'. The gradient of the loop is not used.
 
     Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> import flatopt
-      >>> tx = flatopt.sampa(optax.sgd(0.1), rho=0.5)
-      >>> params = jnp.array([3.0, 4.0])
-      >>> grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * jnp.sum(w**2))
-      >>> opt_state = tx.init(params)
-      >>> for _ in range(2):
-      ...     updates, opt_state = tx.update(params, opt_state, params, grad_fn=grad_fn)
-      ...     params = optax.apply_updates(params, updates)
-      >>> print(params)
-      [2.412 3.216]
+      >>> import jax.numpy as jnp, optax, flatopt
+      >>> tx, w = flatopt.sampa(optax.sgd(0.1), rho=0.5), jnp.array([3.0, 4.0])
+      >>> print(tx.update(w, tx.init(w), w, grad_fn=lambda w, i: w)[0])
+      [-0.3 -0.4]
 
     References:
       Xie, Pethick, Cevher. SAMPa: Sharpness-Aware Minimization Parallelized. arXiv:2410.10683
 
-    Notes:
-      The first step is not displaced, for want of a direction. Gradient evaluations: two, which run
-      side by side. State: that of `optimizer`, one copy of the parameters, one integer; the two
-      points and gradients are temporary.
+    Cost: 2 extra gradients, side by side; 1 copy (+4 temporary).
     """
     checks.check_number("rho", rho, low=0.0)
     checks.check_number("mix", mix, low=0.0, high=1.0)
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = checks.as_transformation("optimizer", optimizer)
     off = checks.is_number(rho, 0)
 
-    def both(gradient: GradientFunction, ascent: Any, ahead: Any) -> tuple[Any, Any]:
-        """The gradients 0 and 1, at `ascent` and `ahead`."""
-        if axis_name is None:
-            points = jax.tree.map(lambda a, b: jnp.stack([a, b]), ascent, ahead)
-            grads = jax.vmap(gradient)(points, jnp.arange(2))
-            return jax.tree.map(lambda g: g[0], grads), jax.tree.map(lambda g: g[1], grads)
-        if jax.lax.axis_size(axis_name) != 2:
-            raise ValueError(
-                f"axis_name={axis_name!r} names a mesh axis of size "
-                f"{jax.lax.axis_size(axis_name)}: flatopt.sampa needs 2, one device a gradient."
-            )
-        index = jax.lax.axis_index(axis_name)
-        point = optax.tree.where(index == 0, ascent, ahead)
-        grads = gradient(point, index)
-        return (
-            jax.lax.psum(_only(index == 0, grads), axis_name),
-            jax.lax.psum(_only(index == 1, grads), axis_name),
-        )
-
     def init_fn(params: optax.Params) -> SampaState:
-        return SampaState(
-            step=jnp.zeros([], jnp.int32),
-            inner_state=optimizer.init(params),
-            gradient=optax.tree.zeros_like(params),
-        )
+        gradient = optax.tree.zeros_like(params)
+        return SampaState(jnp.zeros([], jnp.int32), optimizer.init(params), gradient)
 
     def update_fn(
         updates: optax.Updates,
@@ -123,33 +109,21 @@ def sampa(
     ) -> tuple[optax.Updates, SampaState]:
         step = optax.safe_increment(state.step)
         if off:
-            updates, inner = optimizer.update(updates, state.inner_state, params, **extra_args)
-            return updates, SampaState(step, inner, state.gradient)
+            moves, inner = optimizer.update(updates, state.inner_state, params, **extra_args)
+            return moves, SampaState(step, inner, state.gradient)
         gradient = checks.require_grad_fn("sampa", grad_fn, params)
-        radius = jnp.maximum(value_at(rho, state.step), 0)
-        length = radius / (tree_math.norm(state.gradient) + tree_math.EPSILON)
-        ascent = tree_math.add_scaled(params, length, state.gradient)
+        ascent = ascent_point(params, state.gradient, value_at(rho, state.step))
         move, _ = optimizer.update(state.gradient, state.inner_state, params, **extra_args)
         # Without a gradient there is nothing to extrapolate, though weight decay alone would move.
-        ahead = tree_math.add_scaled(params, (state.step > 0).astype(length.dtype), move)
-        perturbed, latest = both(gradient, ascent, ahead)
-        share = value_at(mix, state.step)
-        mixed = jax.tree.map(
-            lambda p, q, u: ((1 - share) * p + share * q).astype(u.dtype),
-            perturbed,
-            latest,
-            updates,
-        )
-        new_updates, inner = optimizer.update(mixed, state.inner_state, params, **extra_args)
+        ahead = tree_math.add_scaled(params, jnp.float32(state.step > 0), move)
+        perturbed, latest = both_gradients(gradient, ascent, ahead, axis_name)
+        grads = combiners.mix(latest, perturbed, value_at(mix, state.step))
+        grads = optax.tree.cast_like(grads, updates)
+        moves, inner = optimizer.update(grads, state.inner_state, params, **extra_args)
         # An overflow must not spoil the points of the next step.
         finite = jnp.isfinite(tree_math.norm(latest))
-        latest = jax.tree.map(
-            lambda a, b: jnp.where(finite, a, b).astype(b.dtype), latest, state.gradient
-        )
-        return new_updates, SampaState(step, inner, latest)
+        latest = optax.tree.cast_like(latest, state.gradient)
+        latest = optax.tree.where(finite, latest, state.gradient)
+        return moves, SampaState(step, inner, latest)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _only(condition: jax.Array, tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.where(condition, x, jnp.zeros_like(x)), tree)

@@ -193,3 +193,10 @@ def test_a_fresh_batch_every_call_takes_half_as_many_steps():
             updates, state = cases.sgd().update(grads, state, clean)
             clean = optax.apply_updates(clean, updates)
     cases.assert_close(params, clean)
+
+
+def test_both_arguments_are_transformations():
+    with pytest.raises(TypeError, match=r"optimizer=0\.1 must be an optax transformation"):
+        flatopt.alternate(0.1, flatopt.scale_to_norm(RHO))
+    with pytest.raises(TypeError, match=r"perturbation=0\.05 must be an optax transformation"):
+        flatopt.alternate(cases.sgd(), RHO)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import flatopt
 from tests import cases
@@ -36,6 +37,20 @@ def test_proportional_rho_is_never_negative():
     assert values[0] == 0.0
     np.testing.assert_allclose(values[-1], 0.5, rtol=1e-6)
     assert flatopt.proportional_rho_schedule(learning_rate, 0.5, 0.1, 0.1, 0.1)(3) == 0.5
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_the_bounds_of_the_proportional_radius_are_numbers(position):
+    learning_rate = optax.linear_schedule(0.1, 0.0, 10)
+    bounds = [0.6, 0.1, 0.1, 0.0]
+    bounds[position] = learning_rate
+    with pytest.raises(TypeError, match="A schedule is not taken here"):
+        flatopt.proportional_rho_schedule(learning_rate, *bounds)
+
+
+def test_the_perturbation_is_a_transformation():
+    with pytest.raises(TypeError, match=r"perturbation=0\.1 must be an optax transformation"):
+        flatopt.gsam(RHO, perturbation=0.1)
 
 
 @replays("gsam")

@@ -2,6 +2,7 @@
 
 import numpy as np
 import optax
+import pytest
 
 import flatopt
 from tests import cases
@@ -18,3 +19,10 @@ def test_the_centre_is_an_offset_of_length_rho_away():
     centre = flatopt.eval_params(state, params)
     apart = optax.tree.norm(optax.tree.sub(params, centre))
     np.testing.assert_allclose(apart, 0.3, rtol=1e-4)
+
+
+def test_both_arguments_are_transformations():
+    with pytest.raises(TypeError, match=r"optimizer=0\.1 must be an optax transformation"):
+        flatopt.hold_perturbed(0.1, flatopt.scale_to_norm(0.3))
+    with pytest.raises(TypeError, match=r"perturbation=0\.3 must be an optax transformation"):
+        flatopt.hold_perturbed(cases.sgd(), 0.3)

@@ -56,6 +56,45 @@ def test_looksam_has_no_direction_for_a_single_parameter():
     np.testing.assert_array_equal(updates, grad_fn(w))
 
 
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("size", [1e-25, 1e-10, 1e10, 1e25])
+def test_the_direction_does_not_depend_on_the_size_of_the_gradients(size, layerwise):
+    """The squares of their entries leave the range of float32."""
+    clean = {"a": jnp.array([1.0, 2.0, -1.0]), "b": jnp.array([0.5, 3.0])}
+    sharp = {"a": jnp.array([2.0, -1.0, 0.5]), "b": jnp.array([1.0, 1.0])}
+
+    def reused(size):
+        c, p = (optax.tree.scale(size, tree) for tree in (clean, sharp))
+        stage = flatopt.reuse_direction(flatopt.scale_to_norm(RHO), every=2, layerwise=layerwise)
+        state = stage.init(clean)
+        for _ in range(2):
+            updates, state = stage.update(c, state, clean, grad_fn=lambda w, i: p)
+        return state.direction, optax.tree.scale(1 / size, updates)
+
+    cases.assert_close(reused(size), reused(1.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", ["clean", "sharp"])
+def test_a_gradient_that_is_not_finite_leaves_the_direction_alone(bad):
+    stage = flatopt.reuse_direction(flatopt.scale_to_norm(RHO), every=1)
+    w = jnp.array([3.0, 4.0])
+    _, state = stage.update(w, stage.init(w), w, grad_fn=lambda w, i: w[::-1])
+    good, poison = jnp.array([1.0, 2.0]), jnp.array([1.0, jnp.inf])
+    clean, sharp = (poison, good) if bad == "clean" else (good, poison)
+    _, after = stage.update(clean, state, w, grad_fn=lambda w, i: sharp)
+    cases.assert_equal(after.direction, state.direction)
+    assert np.isfinite(state.direction).all()
+
+
+def test_a_leaf_without_a_gradient_has_no_direction():
+    """All of its sharp gradient would be orthogonal to nothing."""
+    stage = flatopt.reuse_direction(flatopt.scale_to_norm(RHO), every=2, layerwise=True)
+    clean, sharp = [jnp.zeros(2), jnp.array([1.0, 2.0])], [jnp.ones(2), jnp.ones(2)]
+    _, state = stage.update(clean, stage.init(clean), clean, grad_fn=lambda w, i: sharp)
+    np.testing.assert_array_equal(state.direction[0], 0.0)
+    np.testing.assert_allclose(optax.tree.norm(state.direction[1]), 1.0, rtol=1e-6)
+
+
 @replays("looksam")
 def test_replays(golden: Golden) -> None:
     hyper = golden.hyper

@@ -109,3 +109,13 @@ def test_msam_sgd_is_msam_on_sgd(decay: float):
 def test_msam_momentum_out_of_range(decay: float):
     with pytest.raises(ValueError, match="momentum="):
         flatopt.msam_sgd(0.1, 0.2, momentum=decay)
+
+
+def test_no_schedule_of_the_momentum():
+    with pytest.raises(TypeError, match=r"momentum=.* A schedule is not taken here"):
+        flatopt.msam_sgd(0.1, 0.2, momentum=optax.constant_schedule(0.9))
+
+
+def test_the_optimiser_is_a_transformation():
+    with pytest.raises(TypeError, match=r"optimizer=0\.1 must be an optax transformation"):
+        flatopt.msam(0.1, 0.2)

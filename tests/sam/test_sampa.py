@@ -100,3 +100,8 @@ def test_replays(golden: Golden) -> None:
     grads = jax.grad(loss_fn)(golden.params, *batch(0, 0))
     replayed |= {f"grad0/{name}": np.asarray(g) for name, g in grads.items()}
     assert_agrees(golden.results, replayed)
+
+
+def test_the_optimiser_is_a_transformation():
+    with pytest.raises(TypeError, match=r"optimizer=0\.1 must be an optax transformation"):
+        flatopt.sampa(0.1, RHO)

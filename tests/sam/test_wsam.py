@@ -1,6 +1,9 @@
 """WSAM."""
 
+import jax.numpy as jnp
+import numpy as np
 import optax
+import pytest
 
 import flatopt
 from tests import cases
@@ -28,6 +31,26 @@ def test_wsam_decoupled_adds_the_sharpness_outside_the_momentum():
     plain = cases.sgd()
     _, plain_state = plain.update(clean, plain.init(params), params)
     cases.assert_close(state.inner_state, plain_state)
+
+
+@pytest.mark.parametrize("decouple", [False, True])
+@pytest.mark.parametrize(("size", "clipped"), [(1e-25, 5e-25), (0.1, 0.5), (1e25, 1.0)])
+def test_clipping_knows_gradients_of_every_size(size, clipped, decouple):
+    """The squares of their entries leave the range of float32."""
+    tx = flatopt.wsam(optax.sgd(1.0), 1.0, rho=RHO, gamma=0.8, decouple=decouple, max_norm=1.0)
+    w, grads = jnp.array([3.0, 4.0]), size * jnp.array([3.0, 4.0])
+    updates, _ = tx.update(grads, tx.init(w), w, grad_fn=lambda w, i: grads)
+    np.testing.assert_allclose(updates, -clipped * w / 5, rtol=1e-5)
+
+
+def test_no_schedule_of_the_clipping():
+    with pytest.raises(TypeError, match=r"max_norm=.* A schedule is not taken here"):
+        flatopt.wsam(cases.sgd(), 0.1, rho=RHO, max_norm=optax.constant_schedule(1.0))
+
+
+def test_the_optimiser_is_a_transformation():
+    with pytest.raises(TypeError, match=r"optimizer=0\.1 must be an optax transformation"):
+        flatopt.wsam(0.1, 0.1, rho=RHO)
 
 
 @replays("wsam")

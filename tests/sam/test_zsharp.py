@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import flatopt
 from tests import cases
@@ -23,3 +24,18 @@ def test_it_keeps_the_share_of_each_leaf_that_stands_out():
     for name, leaf in kept.items():
         assert int((leaf != 0).sum()) == leaf.size // 10
         np.testing.assert_array_equal(leaf[leaf != 0], grads[name][leaf != 0])
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("size", [50, 10_000])  # Small leaves are sorted, large ones counted.
+def test_what_is_not_finite_shows_in_the_displacement(bad, size):
+    """Filtered out, it would be hidden from `optax.apply_if_finite`."""
+    grads = {"a": jnp.linspace(-1.0, 2.0, size).at[3].set(bad), "b": jnp.arange(4.0)}
+    perturbation = optax.chain(flatopt.keep_large_zscores(0.95), flatopt.scale_to_norm(RHO))
+    displacement, _ = perturbation.update(grads, perturbation.init(grads))
+    assert not np.isfinite(optax.tree.norm(displacement))
+
+
+def test_no_schedule_of_the_quantile():
+    with pytest.raises(TypeError, match=r"quantile=.* A schedule is not taken here"):
+        flatopt.zsharp(RHO, quantile=optax.constant_schedule(0.5))
