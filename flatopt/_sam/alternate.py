@@ -80,13 +80,10 @@ def alternate(
     perturbation = checks.as_transformation("perturbation", perturbation)
 
     def init_fn(params: optax.Params) -> AlternateState:
-        return AlternateState(
-            step=jnp.zeros([], jnp.int32),
-            perturbed=jnp.zeros([], bool),
-            clean=optax.tree.zeros_like(params),
-            perturbation_state=perturbation.init(params),
-            inner_state=optimizer.init(params),
-        )
+        step, perturbed = jnp.zeros([], jnp.int32), jnp.zeros([], bool)
+        clean = optax.tree.zeros_like(params)
+        states = perturbation.init(params), optimizer.init(params)
+        return AlternateState(step, perturbed, clean, *states)
 
     def update_fn(
         updates: optax.Updates,
