@@ -1,8 +1,11 @@
 """Friendly-SAM."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import flatopt
 from tests import cases
@@ -25,6 +28,20 @@ def test_the_ascent_follows_what_is_new_in_the_gradient():
     _, state = direction.update(steady, state)
     followed, _ = direction.update(steady + noise, state)
     np.testing.assert_allclose(followed, noise, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [functools.partial(flatopt.subtract_gradient_ema, 1.0), flatopt.smooth_gradient],
+    ids=["subtract_gradient_ema", "smooth_gradient"],
+)
+def test_a_mean_in_half_precision_does_not_overflow_for_good(make):
+    direction = make(decay=0.5, accumulator_dtype=jnp.float16)
+    state = direction.init(jnp.zeros(2))
+    for size in (1.0, 1e6, 1.0):
+        _, state = direction.update(jnp.full(2, size), state)
+    assert jnp.isfinite(state.ema).all()
+    assert state.step == 2
 
 
 @replays("fsam")
