@@ -37,29 +37,24 @@ def random_direction(
     Args:
       key: random key or integer seed. One key gives the same noise for every network of one shape.
       params: where the direction will start.
-      normalisation: "filter": each filter of the direction is as long as that filter of `params`,
-        a filter being what leads to one output unit, the last axis of a kernel; biases and scales
-        do not move. "leaf": one length for each leaf. "none": standard normal. Static.
+      normalisation: "filter": each filter, which leads to one output unit (the last axis of a
+        kernel), is as long as that of `params`; biases and scales do not move. "leaf": one length
+        for each leaf. "none": standard normal. Static.
 
     Returns:
       A tree like `params`.
 
-    Raises:
-      ValueError: if `normalisation` is unknown.
-
     Examples:
-      >>> import jax.numpy as jnp
-      >>> from flatopt import landscape
-      >>> direction = landscape.random_direction(0, {"kernel": jnp.array([[3.0], [4.0]])})
-      >>> print(jnp.linalg.norm(direction["kernel"]))
+      >>> import jax.numpy as jnp, flatopt
+      >>> params = {"kernel": jnp.array([[3.0], [4.0]])}
+      >>> print(jnp.linalg.norm(flatopt.landscape.random_direction(0, params)["kernel"]))
       5.0
 
     References:
       Li, Xu, Taylor, Studer, Goldstein. Visualizing the Loss Landscape of Neural Nets.
       arXiv:1712.09913
 
-    Notes:
-      Costs no loss. What a picture along it shows does not depend on the scale of the filters.
+    Cost: 0 losses.
     """
     if normalisation not in ("filter", "leaf", "none"):
         raise ValueError(f"normalisation={normalisation!r} must be one of filter, leaf, none.")
@@ -84,9 +79,7 @@ def plane_through(first: optax.Params, second: optax.Params, third: optax.Params
        v \propto (w_3 - w_1) - \langle w_3 - w_1, u \rangle u
 
     Args:
-      first: the origin.
-      second: the network to which the first direction leads.
-      third: the third network.
+      first, second, third: the origin, where the first direction leads, and the third network.
 
     Returns:
       `Plane` with the coordinates of the three, in units of Euclidean distance.
@@ -95,20 +88,16 @@ def plane_through(first: optax.Params, second: optax.Params, third: optax.Params
       ValueError: outside `jax.jit`, if the three lie on one line.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> from flatopt import landscape
+      >>> import jax.numpy as jnp, flatopt
       >>> corners = [jnp.array(x) for x in ([0.0, 0.0], [3.0, 0.0], [3.0, 4.0])]
-      >>> print(landscape.plane_through(*corners).coordinates)
-      [[0. 0.]
-       [3. 0.]
-       [3. 4.]]
+      >>> print(flatopt.landscape.plane_through(*corners).coordinates[2])
+      [3. 4.]
 
     References:
       Garipov, Izmailov, Podoprikhin, Vetrov, Wilson. Loss Surfaces, Mode Connectivity, and Fast
       Ensembling of DNNs. arXiv:1802.10026
 
-    Notes:
-      Costs no loss. Distances in the picture are true distances.
+    Cost: 0 losses.
     """
     to_second, to_third = optax.tree.sub(second, first), optax.tree.sub(third, first)
     length = tree_math.norm(to_second)
@@ -130,6 +119,8 @@ def plane_through(first: optax.Params, second: optax.Params, third: optax.Params
 def project(params: optax.Params, plane: Plane) -> jax.Array:
     r"""The coordinates of a network's projection onto a plane, by least squares.
 
+    .. math:: \arg\min_{x, y} \|w - w_0 - x u - y v\|
+
     Args:
       params: tree like the plane's origin; with a leading axis under `jax.vmap` (a trajectory).
       plane: the plane; its directions need not be orthogonal.
@@ -147,8 +138,7 @@ def project(params: optax.Params, plane: Plane) -> jax.Array:
       >>> print(landscape.project(jnp.array([3.0, 4.0, 5.0]), plane))
       [3. 2.]
 
-    Notes:
-      Costs no loss.
+    Cost: 0 losses.
     """
     offset = optax.tree.sub(params, plane.origin)
     u, v = plane.directions
@@ -200,38 +190,26 @@ def line(
     .. math:: t \mapsto L(w + t d)
 
     Args:
-      loss_fn: loss or error, `loss_fn(params, batch)`; `loss_fn(params)` if `batches` is None.
-        Static.
-      params: w.
-      direction: d, a tree like `params`: `random_direction`, an eigenvector, a difference.
-      batches, weights: the data and what each batch counts; see
-        `flatopt.measures.hessian_vector_product`.
+      loss_fn: loss or error of `(params, batch)`, or of `(params)` without `batches`. Static.
+      params, direction: w, and d like it: `random_direction`, an eigenvector, a difference.
+      batches, weights: the data; see `flatopt.measures.hessian_vector_product`.
       positions: [n]; None: 25 from -1 to 1.
-      chunk: how many positions to evaluate at once; None: one. More is faster on accelerators, and
-        takes as many copies of the parameters. Static.
+      chunk: how many positions to evaluate at once; None: one. Static.
 
     Returns:
       Positions and losses.
 
-    Raises:
-      ValueError: if there are no data, or an argument is out of range.
-
     Examples:
-      >>> import jax.numpy as jnp
-      >>> from flatopt import landscape
-      >>> w, direction = jnp.zeros(2), jnp.array([1.0, 2.0])
-      >>> _, losses = landscape.line(
-      ...     lambda w: jnp.sum(w**2), w, direction, positions=[0.0, 1.0, 2.0]
-      ... )
-      >>> print(losses)
+      >>> import jax.numpy as jnp, flatopt
+      >>> w, direction, loss_fn = jnp.zeros(2), jnp.array([1.0, 2.0]), lambda w: jnp.sum(w**2)
+      >>> print(flatopt.landscape.line(loss_fn, w, direction, positions=[0.0, 1.0, 2.0])[1])
       [ 0.  5. 20.]
 
     References:
       Goodfellow, Vinyals, Saxe. Qualitatively Characterizing Neural Network Optimization Problems.
       arXiv:1412.6544
 
-    Notes:
-      Cost: one loss over the data for each position. What overflows comes back as inf or NaN.
+    Cost: 1 loss over the data a position, in `chunk` copies of the parameters.
     """
     data = _batches.weigh(batches, weights)
     places = jnp.linspace(-1.0, 1.0, 25) if positions is None else jnp.asarray(positions, float)
@@ -259,27 +237,18 @@ def plane(
     .. math:: (x, y) \mapsto L(w + x u + y v)
 
     Args:
-      loss_fn: loss or error; see `line`. Static.
-      where: the plane: `plane_through(...)`, or `Plane(params, (u, v))` with two eigenvectors or
-        two random directions.
-      batches, weights: the data; see `line`.
-      xs: [n] coordinates in the first direction.
-      ys: [m] coordinates in the second direction.
-      chunk: how many points to evaluate at once; None: one. Static.
-      progress: whether to show a progress bar, one step a row (needs tqdm; not under `jax.jit`).
+      loss_fn, batches, weights, chunk: the loss or error, and the data; see `line`.
+      where: the plane: `plane_through(...)`, or `Plane(params, (u, v))`.
+      xs, ys: [n] and [m] coordinates in the first and in the second direction.
+      progress: whether to show a bar, one step a row (needs tqdm; not under `jax.jit`).
 
     Returns:
       [m, n] losses: row i belongs to `ys[i]`.
 
-    Raises:
-      ValueError: if there are no data, or an argument is out of range.
-
     Examples:
-      >>> import jax.numpy as jnp
-      >>> from flatopt import landscape
-      >>> where = landscape.Plane(jnp.zeros(2), (jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])))
-      >>> losses = landscape.plane(lambda w: jnp.sum(w**2), where, xs=[0.0, 1.0], ys=[0.0, 2.0])
-      >>> print(losses)
+      >>> import jax.numpy as jnp, flatopt
+      >>> where = flatopt.landscape.Plane(jnp.zeros(2), tuple(jnp.eye(2)))
+      >>> print(flatopt.landscape.plane(lambda w: w @ w, where, xs=[0.0, 1.0], ys=[0.0, 2.0]))
       [[0. 1.]
        [4. 5.]]
 
@@ -287,8 +256,7 @@ def plane(
       Li, Xu, Taylor, Studer, Goldstein. Visualizing the Loss Landscape of Neural Nets.
       arXiv:1712.09913
 
-    Notes:
-      Cost: one loss over the data for each point. What overflows comes back as inf or NaN.
+    Cost: 1 loss over the data a point, in `chunk` copies of the parameters.
     """
     data = _batches.weigh(batches, weights)
     columns, rows = jnp.asarray(xs, float), jnp.asarray(ys, float)

@@ -12,7 +12,7 @@ Basis = Callable[[jax.typing.ArrayLike, int], jax.Array]
 
 
 def bezier(position: jax.typing.ArrayLike, num_bends: int) -> jax.Array:
-    r"""Coefficients of the control points of a Bezier curve.
+    r"""Coefficients of the control points of a Bezier curve, which passes through its ends alone.
 
     .. math:: c_j(t) = \binom{n}{j} t^j (1 - t)^{n - j}, \qquad n = num\_bends - 1
 
@@ -23,9 +23,6 @@ def bezier(position: jax.typing.ArrayLike, num_bends: int) -> jax.Array:
     Returns:
       [num_bends] coefficients that sum to 1.
 
-    Raises:
-      ValueError: if `num_bends` is out of range.
-
     Examples:
       >>> from flatopt import curves
       >>> print(curves.bezier(0.5, 3))
@@ -35,8 +32,7 @@ def bezier(position: jax.typing.ArrayLike, num_bends: int) -> jax.Array:
       Garipov, Izmailov, Podoprikhin, Vetrov, Wilson. Loss Surfaces, Mode Connectivity, and Fast
       Ensembling of DNNs. arXiv:1802.10026
 
-    Notes:
-      The curve passes through its ends, and is pulled towards the other control points.
+    Cost: 0 losses.
     """
     checks.check_count("num_bends", num_bends, 2)
     t = jnp.asarray(position, jnp.result_type(float))
@@ -49,19 +45,15 @@ def bezier(position: jax.typing.ArrayLike, num_bends: int) -> jax.Array:
 
 
 def polychain(position: jax.typing.ArrayLike, num_bends: int) -> jax.Array:
-    r"""Coefficients of the control points of a chain of straight lines.
+    r"""Coefficients of the control points of a chain of straight lines through all of them.
 
     .. math:: c_j(t) = \max(0, 1 - |n t - j|), \qquad n = num\_bends - 1
 
     Args:
-      position: t in [0, 1].
-      num_bends: number of control points, ends included, >= 2. Static.
+      position, num_bends: t and the number of control points; see `bezier`.
 
     Returns:
       [num_bends] coefficients that sum to 1.
-
-    Raises:
-      ValueError: if `num_bends` is out of range.
 
     Examples:
       >>> from flatopt import curves
@@ -72,8 +64,7 @@ def polychain(position: jax.typing.ArrayLike, num_bends: int) -> jax.Array:
       Garipov, Izmailov, Podoprikhin, Vetrov, Wilson. Loss Surfaces, Mode Connectivity, and Fast
       Ensembling of DNNs. arXiv:1802.10026
 
-    Notes:
-      The chain passes through every control point. With two it is the straight line.
+    Cost: 0 losses.
     """
     checks.check_count("num_bends", num_bends, 2)
     t = jnp.asarray(position, jnp.result_type(float))

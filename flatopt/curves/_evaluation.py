@@ -44,39 +44,29 @@ def evaluate(
 ) -> tuple[jax.Array, jax.Array]:
     r"""The loss, or the error, along a curve.
 
+    .. math:: t \mapsto L(w(t))
+
     Args:
-      loss_fn: loss or error, `loss_fn(params, batch)`, or `loss_fn(params, statistics, batch)` with
-        `statistics_fn`. Static.
-      controls: tree with the control points on a leading axis.
-      batches, weights: the data and what each batch counts; see
-        `flatopt.measures.hessian_vector_product`.
+      loss_fn: loss or error of `(params, batch)`, or of `(params, statistics, batch)`. Static.
+      controls, basis: the curve; see `point`.
+      batches, weights: the data; see `flatopt.measures.hessian_vector_product`.
       positions: [n] in [0, 1]; None: 25 from 0 to 1.
-      basis: `bezier`, `polychain` or another. Static.
-      statistics_fn: `statistics_fn(params, batch)` to a tree of means over the batch, such as those
-        of the inputs and of their squares that BatchNorm needs: averaged over the batches anew at
-        every position, since the statistics of the ends are none of the curve's. Static.
+      statistics_fn: of `(params, batch)`, a tree of means over the batch, such as BatchNorm needs:
+        averaged over the batches anew at every position. None: `loss_fn` takes none. Static.
 
     Returns:
-      Positions and losses.
-
-    Raises:
-      ValueError: if there are no data, or `positions` is no list of numbers.
+      Positions and losses, as `flatopt.measures.barrier_height` takes them.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> from flatopt import curves
+      >>> import jax.numpy as jnp, flatopt
       >>> controls = jnp.array([-1.0, 0.0, 1.0])
-      >>> positions, losses = curves.evaluate(lambda w: w**2, controls, positions=[0.0, 0.5, 1.0])
-      >>> print(losses)
+      >>> print(flatopt.curves.evaluate(jnp.square, controls, positions=[0.0, 0.5, 1.0])[1])
       [1. 0. 1.]
 
     References:
-      Garipov, Izmailov, Podoprikhin, Vetrov, Wilson. Loss Surfaces, Mode Connectivity, and Fast
-      Ensembling of DNNs. arXiv:1802.10026
+      As for `bezier`.
 
-    Notes:
-      Cost: one loss over the data for each position, two with `statistics_fn`. The barrier of the
-      result is `flatopt.measures.barrier_height(positions, losses)`.
+    Cost: 1 loss over the data a position, 2 with `statistics_fn`.
     """
     data = _batches.weigh(batches, weights)
     places = jnp.linspace(0.0, 1.0, 25) if positions is None else jnp.asarray(positions, float)
