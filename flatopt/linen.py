@@ -29,8 +29,7 @@ class TrainState(train_state.TrainState, kw_only=True):
 
     .. math:: (u, s_+) = \texttt{tx.update}(g, s, w, \texttt{**extra}), \qquad w_+ = w + u
 
-    Made by `TrainState.create(apply_fn=..., params=..., tx=..., batch_stats=...)`; subclass it to
-    carry more, as Flax's own.
+    Made by `TrainState.create(apply_fn=..., params=..., tx=..., batch_stats=...)`.
 
     Attributes:
       batch_stats: the collection of that name, or an empty dictionary for models without one.
@@ -38,25 +37,18 @@ class TrainState(train_state.TrainState, kw_only=True):
     Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> from flax import linen as nn
-      >>> import flatopt, flatopt.linen
+      >>> import flatopt.linen
       >>> model, x = nn.Dense(1, kernel_init=nn.initializers.ones), jnp.array([[3.0, 4.0]])
-      >>> tx = optax.chain(flatopt.sam(rho=0.05), optax.sgd(0.01), flatopt.swa())
-      >>> params = model.init(jax.random.key(0), x)["params"]
-      >>> state = flatopt.linen.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
-      >>> def loss_fn(params, x):
-      ...     return jnp.sum(state.apply_fn({"params": params}, x) ** 2)
-      >>> for _ in range(2):
-      ...     grad_fn = flatopt.make_grad_fn(loss_fn, x)
-      ...     loss, grads = grad_fn.value_and_grad(state.params)
-      ...     state = state.apply_gradients(grads=grads, grad_fn=grad_fn)
-      ...     print(f"{loss:.2f}")
-      49.00
-      10.42
-      >>> print(f"{loss_fn(state.params, x):.2f} {loss_fn(state.eval_params, x):.2f}")
-      2.01 5.39
+      >>> tx = optax.chain(flatopt.sam(rho=0.05), optax.sgd(0.01))
+      >>> w = model.init(jax.random.key(0), x)["params"]
+      >>> state = flatopt.linen.TrainState.create(apply_fn=model.apply, params=w, tx=tx)
+      >>> grad_fn = flatopt.make_grad_fn(lambda w: jnp.sum(model.apply({"params": w}, x) ** 2))
+      >>> loss, grads = grad_fn.value_and_grad(state.params)
+      >>> state = state.apply_gradients(grads=grads, grad_fn=grad_fn)
+      >>> print(f"{loss:.2f} {grad_fn.value_and_grad(state.params)[0]:.2f}")
+      49.00 10.42
 
-    Notes:
-      Gradient evaluations: those of `tx`. State: one copy of the statistics besides Flax's fields.
+    Cost: 0 extra gradients beside those of `tx`; 1 copy of the statistics.
     """
 
     batch_stats: Any = struct.field(default_factory=dict)
@@ -107,48 +99,27 @@ def recompute_batch_stats(
 
     .. math:: \bar s = \sum_b n_b \, s_b \Big/ \sum_b n_b
 
-    with :math:`s_b` the means and variances that the layers see in batch b of :math:`n_b` examples.
-    No momentum enters, and nothing given is changed.
-
     Args:
-      model: the module.
-      variables: `{"params": ..., "batch_stats": ...}`: the weights to evaluate and any statistics;
-        other collections as `model` needs them.
-      batches: inputs, batch by batch: an array, or a tuple of positional arguments, whose first
-        array has the examples along its first axis. One pass over the training set, as a rule.
-      sample_weighted: True: each example counts the same. False: each batch does, as in PyTorch's
-        `update_bn` (which, besides, stores the unbiased variance, n / (n - 1) times this one). What
-        counts examples is the first axis of the arrays in which it changes from batch to batch.
-      weights: one number a batch, in place of both.
-      **kwargs: further arguments of `model.apply`: those with which it trains, such as `train=True`
-        or `rngs={"dropout": key}`.
+      model, variables: the module; its `params` to evaluate, any `batch_stats`, and what it needs.
+      batches: the inputs, or tuples of positional arguments, with examples on the first axis.
+      sample_weighted, weights: whether examples or batches count the same; or a number a batch.
+      **kwargs: those of `model.apply` in training: `train=True`, `rngs={"dropout": key}`.
 
     Returns:
       A new `batch_stats` collection. Leaves that are not of a `nn.BatchNorm` are those given.
 
-    Raises:
-      ValueError: if there is no batch, or no BatchNorm layer, or one that is not in training mode.
-
     Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> from flax import linen as nn
-      >>> from flatopt.linen import recompute_batch_stats
-      >>> model = nn.BatchNorm()
-      >>> batches = [jnp.array([[1.0], [3.0]]), jnp.array([[5.0]])]
-      >>> variables = model.init(jax.random.key(0), batches[0], use_running_average=True)
-      >>> stats = recompute_batch_stats(model, variables, batches, use_running_average=False)
-      >>> print(f"{stats['mean'][0]:.4f} {stats['var'][0]:.4f}")
+      >>> import flatopt.linen, flax.linen as nn, jax, jax.numpy as jnp
+      >>> model, batches = nn.BatchNorm(), [jnp.array([[1.0], [3.0]]), jnp.array([[5.0]])]
+      >>> w = model.init(jax.random.key(0), batches[0], use_running_average=True)
+      >>> s = flatopt.linen.recompute_batch_stats(model, w, batches, use_running_average=False)
+      >>> print(f"{s['mean'][0]:.4f} {s['var'][0]:.4f}")
       3.0000 0.6667
 
     References:
-      Izmailov, Podoprikhin, Garipov, Vetrov, Wilson. Averaging Weights Leads to Wider Optima and
-      Better Generalization. arXiv:1803.05407
+      As for `swa`.
 
-    Notes:
-      A forward pass for each batch, compiled once for each of their shapes; no gradient. Works
-      under `jax.jit` and `jax.vmap`. The variance is the mean of the batches' variances, as in the
-      SWA authors' code. A layer that is called twice in one pass has no statistics of its own: give
-      each call a layer.
+    Cost: 0 gradients; 1 forward pass a batch, compiled once for each of their shapes.
     """
     original = variables["batch_stats"]
     leaves = flax.traverse_util.flatten_dict(original)

@@ -82,23 +82,24 @@ def persistent_sampler(num_samples: int, fraction: float, persistence: float) ->
     Args:
       num_samples: N >= 1. Static.
       fraction: b in (0, 1], the mean share of the samples in a batch.
-      persistence: :math:`\tau` >= max(1, (1 - b) / b), in steps: the mean time that an inactive
-        sample waits. 1 / b gives independent batches; with more their noise is correlated in time.
+      persistence: :math:`\tau`, the mean number of steps that an inactive sample waits, at least 1
+        and (1 - b) / b. 1 / b gives independent batches; larger, a batch lasts longer.
 
     Returns:
-      A `PersistentSampler`: weight the loss of the whole training set with its `weights`.
+      A `PersistentSampler`, to go with any optimiser.
 
     Examples:
-      >>> from flatopt import samplers
-      >>> sampler = samplers.persistent_sampler(100_000, fraction=0.25, persistence=20.0)
-      >>> print(f"{sampler.init(0).active.mean():.2f}")
-      0.25
+      >>> import jax.numpy as jnp, flatopt
+      >>> sampler = flatopt.samplers.persistent_sampler(100_000, fraction=0.25, persistence=20.0)
+      >>> state = sampler.init(0)
+      >>> print(f"{jnp.mean(sampler.next(state).active != state.active):.3f}")
+      0.075
 
     References:
       Mignacco, Krzakala, Urbani, Zdeborova. Dynamical mean-field theory for stochastic gradient
       descent in Gaussian mixture classification. arXiv:2006.06098
 
-    Cost: 0 extra gradients; 0 copies; 1 flag for each sample.
+    Cost: 0 extra gradients; a flag a sample in its state.
     """
     checks.check_count("num_samples", num_samples, 1)
     if not 0 < fraction <= 1:

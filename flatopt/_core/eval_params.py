@@ -26,9 +26,6 @@ class HoldsEvalParams(Protocol):
 def eval_params(opt_state: optax.OptState, params: _Params) -> _Params:
     """Returns the weights to evaluate: averages where there are any, centres instead of offsets.
 
-    Finds the outermost state that holds evaluation weights through the states of optax's wrappers,
-    then looks inside it: `msam(chain(sgd, swa))` gives the average of the centres.
-
     Args:
       opt_state: state of any optax optimiser, with or without flatopt parts.
       params: the parameters in training that belong to it.
@@ -39,7 +36,6 @@ def eval_params(opt_state: optax.OptState, params: _Params) -> _Params:
 
     Raises:
       ValueError: if two states on one level each hold evaluation weights for the same leaf.
-      TypeError: if `opt_state` is no state of an optimiser.
 
     Examples:
       >>> import jax.numpy as jnp, optax, flatopt
