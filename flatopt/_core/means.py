@@ -52,6 +52,17 @@ def evaluated(mean: optax.Params, params: optax.Params, begun: Any = True) -> op
     return jax.tree.map(leaf, params, tree_math.merge_masked([mean], params))
 
 
+def reached(params: optax.Params, updates: optax.Updates) -> optax.Params:
+    """Where `updates` take `params`; what no number can be added to, such as keys, stays."""
+
+    def leaf(update: Any, param: Any) -> Any:
+        if update is None or jnp.issubdtype(jnp.result_type(param), jax.dtypes.extended):
+            return param
+        return optax.apply_updates(param, update)
+
+    return jax.tree.map(leaf, updates, params, is_leaf=lambda x: x is None)
+
+
 def moves(target: optax.Params, params: optax.Params, updates: optax.Updates) -> optax.Updates:
     """The updates, in the dtypes of `updates`, that take `params` to `target`."""
 
