@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flatopt._core import means
+
 
 def empty(params: optax.Params, size: int, dtype: Any = None) -> optax.Params:
     """Zeros: `size` trees like `params`, each leaf stacked along a new first axis.
@@ -14,8 +16,10 @@ def empty(params: optax.Params, size: int, dtype: Any = None) -> optax.Params:
     """
 
     def leaf(param: Any) -> jax.Array:
-        inexact = jnp.issubdtype(jnp.result_type(param), jnp.inexact)
-        return jnp.stack([jnp.zeros_like(param, dtype if inexact else None)] * size)
+        own = jnp.result_type(param)
+        narrowed = dtype is not None and jnp.issubdtype(own, jnp.inexact)
+        kept = means.with_complex(dtype, own) if narrowed else None
+        return jnp.stack([jnp.zeros_like(param, kept)] * size)
 
     return jax.tree.map(leaf, params)
 
