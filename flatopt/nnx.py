@@ -76,7 +76,8 @@ def make_grad_fn(
     Args:
       loss_fn: scalar loss `loss_fn(model, *args, **kwargs)`; the same object at every step.
       model: the module, before the clean pass of this step. It is not changed.
-      *args, **kwargs: of the loss; nnx objects among them are split and moved on as the model.
+      *args: of the loss; nnx objects among them are split and moved on as the model.
+      **kwargs: of the loss, likewise.
       wrt: filter of the variables that are trained; the same as for `nnx.Optimizer`. Static.
       has_aux, microbatches, weights: see `flatopt.make_grad_fn`.
 
@@ -89,8 +90,7 @@ def make_grad_fn(
       >>> from flax import nnx
       >>> model = nnx.Linear(2, 1, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
       >>> loss_fn, x = lambda model, x: jnp.sum(model(x) ** 2), jnp.array([[3.0, 4.0]])
-      >>> grad_fn = flatopt.nnx.make_grad_fn(loss_fn, model, x)
-      >>> print(grad_fn.value_and_grad(model)[0])
+      >>> print(flatopt.nnx.make_grad_fn(loss_fn, model, x).value_and_grad(model)[0])
       49.0
 
     Cost: 1 gradient an evaluation; 0 copies.
