@@ -111,7 +111,7 @@ def top_eigenvalues(
 
     Args:
       params, batches, weights, mask: see `hessian_vector_product`.
-      loss_fn, output_loss: loss and None, or model and loss of `gauss_newton_vector_product`. Static.
+      loss_fn, output_loss: a loss, None; or model, loss of `gauss_newton_vector_product`. Static.
       k, key: number of eigenvalues (static); random key or integer seed of the start vector.
       num_steps: most products, >= k; None: 4 k + 40, at most the number of parameters. Static.
       tolerance: of a residual, >= 0, in units of the largest absolute eigenvalue. Static.
@@ -123,8 +123,8 @@ def top_eigenvalues(
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> print(measures.top_eigenvalues(lambda w: w[0] ** 2 - w[1] ** 2, jnp.ones(3), k=2).values)
-      [2. 0.]
+      >>> print(measures.top_eigenvalues(lambda w: w[0] ** 2 - w[1] ** 2, jnp.ones(2), k=2).values)
+      [ 2. -2.]
 
     References:
       Lanczos. 1950. Golub, Van Loan. Matrix Computations, section 10.3.

@@ -123,7 +123,7 @@ def fisher_trace(
 ) -> Estimate:
     r"""The trace of the Fisher information matrix of a classifier.
 
-    .. math:: \tfrac1n \sum_i \mathbb E_{y \sim p_w(\cdot | x_i)} \, \|\nabla_w \log p_w(y | x_i)\|^2
+    .. math:: \tfrac1n \sum_i \mathbb E_{y \sim p_w(\cdot | x_i)} \|\nabla_w \log p_w(y | x_i)\|^2
 
     Args:
       params, batches, weights, mask: see `hessian_vector_product`.
