@@ -93,7 +93,7 @@ def keskar_sharpness(
       loss_fn, params, batches, weights, mask: see `hessian_vector_product`.
       epsilon: half the width of the box, >= 0, in units of `|w_i| + 1`. Static.
       method: "l-bfgs-b", SciPy's in float64, which cannot run under `jax.jit`; "projected",
-        gradient ascent projected onto the box, which can. Both give a lower bound of the maximum. Static.
+        gradient ascent in the box, which can. Both give a lower bound of the maximum. Static.
       num_steps, key: iterations, >= 1 (static); key or seed of the first displacement.
 
     Returns:
