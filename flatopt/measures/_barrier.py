@@ -35,7 +35,7 @@ def barrier_height(positions: jax.Array, losses: jax.Array) -> jax.Array:
 
     Args:
       positions: [n], rising from the first end to the second.
-      losses: [n].
+      losses: [n], such as those of `flatopt.curves.evaluate`.
 
     Returns:
       A scalar >= 0; NaN if a loss is NaN.
@@ -46,16 +46,14 @@ def barrier_height(positions: jax.Array, losses: jax.Array) -> jax.Array:
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> profile = jnp.array([1.0, 4.0, 2.0])
-      >>> print(measures.barrier_height(jnp.linspace(0.0, 1.0, 3), profile))
+      >>> print(measures.barrier_height(jnp.linspace(0.0, 1.0, 3), jnp.array([1.0, 4.0, 2.0])))
       2.5
 
     References:
       Frankle, Dziugaite, Roy, Carbin. Linear Mode Connectivity and the Lottery Ticket Hypothesis.
       arXiv:1912.05671
 
-    Notes:
-      For a curve's losses too, such as those of `flatopt.curves.evaluate`. Costs nothing.
+    Cost: nothing.
     """
     positions, losses = jnp.asarray(positions), jnp.asarray(losses)
     if positions.shape != losses.shape or positions.ndim != 1 or len(positions) < 2:
@@ -143,37 +141,25 @@ def linear_barrier(
     .. math:: \max_{t \in [0, 1]} \, L((1 - t) w + t w') - (1 - t) L(w) - t L(w')
 
     Args:
-      loss_fn: loss or error, `loss_fn(params, batch)`; `loss_fn(params)` if `batches` is None.
-        Static.
-      params: the first network.
-      other_params: the second network.
-      batches, weights: the data; see `hessian_vector_product`.
+      loss_fn, batches, weights: a loss or an error, and the data; see `hessian_vector_product`.
+      params, other_params: the first network and the second, of the same shapes.
       num_points: equally spaced points of the line, >= 2, ends included. Static.
 
     Returns:
       `Barrier`: height, positions and losses.
 
-    Raises:
-      ValueError: if the two networks have different shapes, an argument is out of range, the loss
-        is no scalar, not finite at an end outside `jax.jit`, or fails on a batch, or there are no
-        data.
-
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> def loss_fn(w):
-      ...     return jnp.sum((w**2 - 1) ** 2)  # Minima at 1 and -1, a barrier between them.
-      >>> print(measures.linear_barrier(loss_fn, jnp.ones(2), -jnp.ones(2)).height)
+      >>> w = jnp.ones(2)  # Minima at 1 and -1, a barrier between them.
+      >>> print(measures.linear_barrier(lambda w: jnp.sum((w**2 - 1) ** 2), w, -w).height)
       2.0
 
     References:
       Frankle, Dziugaite, Roy, Carbin. Linear Mode Connectivity and the Lottery Ticket Hypothesis.
       arXiv:1912.05671
 
-    Notes:
-      Cost: `num_points` losses over the data. Networks trained from different starts differ by a
-      permutation of their units too: align them first, with `align_units`. BatchNorm statistics on
-      the line are neither end's: recompute them in `loss_fn`, or the barrier is theirs.
+    Cost: `num_points` losses over the data.
     """
     data = _batches.weigh(batches, weights)
     return profile(loss_fn, params, other_params, data, num_points, straight)

@@ -112,54 +112,29 @@ def spectral_density(
 ) -> SpectralDensity:
     r"""The density of the Hessian's eigenvalues, by stochastic Lanczos quadrature.
 
-    .. math:: \phi(t) = \tfrac1n \sum_i \delta(t - \lambda_i) \approx
-       \tfrac1p \sum_{j=1}^{p} \sum_{m} \tau_{jm} \, \mathcal N(t; \theta_{jm}, \text{width}^2)
-
-    with the eigenvalues and squared first components of the tridiagonal matrices that p random
-    start vectors give.
+    .. math:: \tfrac1n \sum_i \delta(t - \lambda_i) \approx
+       \tfrac1p \sum_{jm} \tau_{jm} \, \mathcal N(t; \theta_{jm}, \text{width}^2)
 
     Args:
-      loss_fn: scalar loss, or, with `output_loss`, the model; see `top_eigenvalues`. Static.
-      params: where to take the Hessian.
-      batches, weights: the data; see `hessian_vector_product`.
-      num_probes: p, number of random probes, in [1, number of parameters]; None means 8 or that
-        number if it is less. As many probes as parameters, with as many steps, make the moments
-        exact. Static.
-      num_steps: Lanczos steps a probe, in [1, number of parameters]; None means 64 or that number
-        if it is less. Static.
-      grid_size: points of the grid, >= 2. Static.
-      width: standard deviation of the smoothing, > 0, in units of eigenvalues; None means one
-        hundredth of the span of the nodes. Static.
-      key: random key or integer seed for the probes.
-      output_loss: None for the Hessian, else the Gauss-Newton matrix; see `top_eigenvalues`.
-        Static.
-      mask: which leaves to vary; see `hessian_vector_product`. Static.
+      loss_fn, params, batches, weights, output_loss, mask: see `top_eigenvalues`.
+      num_probes, num_steps, key: probes, Lanczos steps of each (None: 8 and 64; static), and seed.
+      grid_size, width: points of the grid, >= 2; None: a hundredth of the nodes' span. Static.
 
     Returns:
       `SpectralDensity`: grid, density with its standard error, Ritz values and weights.
 
-    Raises:
-      ValueError: if an argument is out of range, the loss is no scalar, not finite outside
-        `jax.jit`, or fails on a batch, or there are no data.
-
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> def loss_fn(w):
-      ...     return 0.5 * jnp.sum(jnp.array([1.0, 2.0, 6.0]) * w**2)
-      >>> result = measures.spectral_density(loss_fn, jnp.ones(3), num_probes=3)
-      >>> mean_eigenvalue = jnp.mean(jnp.sum(result.weights * result.nodes, axis=1))
-      >>> print(f"{mean_eigenvalue:.4f}")
-      3.0000
+      >>> result = measures.spectral_density(lambda w: w @ w, jnp.ones(3), num_probes=3)
+      >>> print(f"{jnp.mean(jnp.sum(result.weights * result.nodes, axis=1)):.4f}")  # The mean.
+      2.0000
 
     References:
-      Ubaru, Chen, Saad. Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature. SIAM Journal
-      on Matrix Analysis and Applications 38(4), 2017. Ghorbani, Krishnan, Xiao. An Investigation
-      into Neural Net Optimization via Hessian Eigenvalue Density. arXiv:1901.10159
+      Ubaru, Chen, Saad. Fast Estimation of tr(f(A)). SIAM J. Matrix Anal. Appl. 38(4), 2017.
+      Ghorbani, Krishnan, Xiao. Hessian Eigenvalue Density. arXiv:1901.10159
 
-    Notes:
-      Cost: `num_probes * num_steps` Hessian-vector products. Memory: `num_steps + num_probes`
-      copies of the varied parameters. The probes are orthonormal, which lowers the variance.
+    Cost: `num_probes * num_steps` Hessian-vector products; `num_steps + num_probes` copies.
     """
     data = _batches.weigh(batches, weights)
     operator = _operator.make(loss_fn, params, data, mask, output_loss)

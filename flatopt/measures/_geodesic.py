@@ -25,41 +25,28 @@ def geodesic(
     r"""A point of the path that turns every hidden unit along the shortest arc.
 
     .. math:: v(t) = \ell(t) \, \frac{\sin((1 - t) \theta) \, u + \sin(t \theta) \, u'}
-       {\sin \theta}, \qquad \cos \theta = u \cdot u'
+       {\sin \theta}, \quad \cos \theta = u \cdot u', \quad \ell(t) = (1 - t) \|v\| + t \|v'\|
 
-    with u and u' the unit vectors of the two networks' incoming weights of one hidden unit, bias
-    included, and a length that goes linearly from one to the other. All weights that lead to no
-    hidden unit (the output layer) turn together as one vector. Between networks rescaled with
-    `rescale_units` this is the geodesic on a product of spheres.
+    with u, u' the directions of one unit's incoming weights, or of all that lead to no hidden unit.
 
     Args:
-      params: the first network.
-      other_params: the second network.
-      position: in [0, 1], 0 at the first.
+      params, other_params, position: networks of the same shapes, and t in [0, 1], 0 at the first.
       units: the hidden units: `chain_units(params)`. Static.
 
     Returns:
       A tree like `params`.
 
-    Raises:
-      ValueError: if the networks differ in shape, or `units` does not fit them.
-
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> def network(a, b):
-      ...     return {"a": {"kernel": jnp.array(a)[:, None]}, "b": {"kernel": jnp.array([[b]])}}
-      >>> first, second = network([1.0, 0.0], 2.0), network([0.0, 1.0], 4.0)
-      >>> middle = measures.geodesic(first, second, 0.5, measures.chain_units(first))
-      >>> print(middle["a"]["kernel"].ravel(), middle["b"]["kernel"].ravel())
-      [0.707 0.707] [3.]
+      >>> print(measures.geodesic(jnp.array([1.0, 0.0]), jnp.array([0.0, 3.0]), 0.5, units=()))
+      [1.414 1.414]
 
     References:
-      Pittorino, Ferraro, Perugini, Feinauer, Baldassi, Zecchina. Deep Networks on Toroids: Removing
-      Symmetries Reveals the Structure of Flat Regions in the Landscape Geometry. arXiv:2202.03038
+      Pittorino, Ferraro, Perugini, Feinauer, Baldassi, Zecchina. Deep Networks on Toroids.
+      arXiv:2202.03038
 
-    Notes:
-      Costs no loss. Rescale and align both networks first.
+    Cost: nothing.
     """
     _variables.check_alike("other_params", other_params, params)
     ours, theirs = _symmetry.by_path(params), _symmetry.by_path(other_params)
@@ -145,42 +132,26 @@ def geodesic_barrier(
     .. math:: \max_{t \in [0, 1]} \, L(w(t)) - (1 - t) L(w) - t L(w')
 
     Args:
-      loss_fn: loss or error, `loss_fn(params, batch)`; `loss_fn(params)` if `batches` is None.
-        Static.
-      params: the first network.
-      other_params: the second network.
-      batches, weights: the data; see `hessian_vector_product`.
-      units: the hidden units: `chain_units(params)`. Static.
-      num_points: points of the path, >= 2, ends included. Static.
+      loss_fn, batches, weights: a loss or an error, and the data; see `hessian_vector_product`.
+      params, other_params: the first network and the second, of the same shapes.
+      units, num_points: see `geodesic`; points of the path, >= 2, ends included. Static.
 
     Returns:
       `Barrier`: height, positions and losses.
 
-    Raises:
-      ValueError: as `linear_barrier`, or if `units` does not fit the networks.
-
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> def network(a):
-      ...     return {"a": {"kernel": jnp.array(a)[:, None]}, "b": {"kernel": jnp.ones((1, 1))}}
-      >>> def loss_fn(p):
-      ...     return (jnp.sum(p["a"]["kernel"] ** 2) - 1) ** 2  # Zero on the circle.
-      >>> first, second = network([1.0, 0.0]), network([0.0, 1.0])
-      >>> straight = measures.linear_barrier(loss_fn, first, second)
-      >>> arc = measures.geodesic_barrier(
-      ...     loss_fn, first, second, units=measures.chain_units(first)
-      ... )
-      >>> print(f"{straight.height:.3f} {arc.height:.3f}")
+      >>> loss_fn, ends = lambda w: (w @ w - 1) ** 2, jnp.eye(2)  # Zero on the circle.
+      >>> barrier = measures.geodesic_barrier(loss_fn, *ends, units=())
+      >>> print(f"{measures.linear_barrier(loss_fn, *ends).height:.3f} {barrier.height:.3f}")
       0.250 0.000
 
     References:
       Pittorino, Ferraro, Perugini, Feinauer, Baldassi, Zecchina. Deep Networks on Toroids.
       arXiv:2202.03038
 
-    Notes:
-      Cost: `num_points` losses over the data. Rescale (`rescale_units`) and align (`align_units`)
-      both networks first.
+    Cost: `num_points` losses over the data.
     """
     data = _batches.weigh(batches, weights)
     path = _Path(tuple(units))

@@ -39,18 +39,10 @@ def gradient_norm(
     .. math:: \|\nabla L(w)\|
 
     Args:
-      loss_fn: scalar loss, `loss_fn(params, batch)`; `loss_fn(params)` if `batches` is None.
-        Static.
-      params: where to measure.
-      batches, weights: the data; see `hessian_vector_product`.
-      mask: which leaves to count; see `hessian_vector_product`. Static.
+      loss_fn, params, batches, weights, mask: see `hessian_vector_product`.
 
     Returns:
       The norm, a scalar, float32 at least.
-
-    Raises:
-      ValueError: if the loss is no scalar, not finite outside `jax.jit`, or fails on a batch, or
-        there are no data.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -62,8 +54,7 @@ def gradient_norm(
       Zhao, Zhang, Hu. Penalizing Gradient Norm for Efficiently Improving Generalization in Deep
       Learning. arXiv:2202.03599
 
-    Notes:
-      Cost: one gradient over the data. Times rho it is SAM's sharpness to first order.
+    Cost: one gradient over the data.
     """
     data = _batches.weigh(batches, weights)
     variables = _variables.prepare(loss_fn, params, data, mask)
@@ -132,46 +123,29 @@ def fisher_trace(
 ) -> Estimate:
     r"""The trace of the Fisher information matrix of a classifier.
 
-    .. math:: \operatorname{tr} F = \tfrac1n \sum_i \mathbb E_{y \sim p_w(\cdot | x_i)} \,
-       \|\nabla_w \log p_w(y | x_i)\|^2
-
-    which is also the trace of the Gauss-Newton matrix of the cross-entropy.
+    .. math:: \tfrac1n \sum_i \mathbb E_{y \sim p_w(\cdot | x_i)} \|\nabla_w \log p_w(y | x_i)\|^2
 
     Args:
-      model_fn: the logits, `model_fn(params, batch)`, [examples, classes], each from its own
-        example alone: no batch statistics. Static.
-      params: where to measure.
-      batches, weights: the data, batches of arrays with the examples on the leading axis; see
-        `hessian_vector_product`.
-      labels: None: draw labels from the model itself. A function from a batch to its labels: the
-        empirical Fisher matrix, another thing, which vanishes where the data are fitted. Static.
-      num_samples: draws of the labels, >= 1; ignored with `labels`. Static.
-      key: random key or integer seed.
-      mask: which leaves to count; see `hessian_vector_product`. Static.
+      params, batches, weights, mask: see `hessian_vector_product`.
+      model_fn: the logits, `model_fn(params, batch)`, [examples, classes]. Static.
+      labels: None: drawn from the model; a function from a batch to its labels. Static.
+      num_samples, key: draws, >= 1 (static), and their random key or integer seed.
 
     Returns:
       `Estimate`; its standard error is that of the draws, 0 with `labels`.
 
-    Raises:
-      ValueError: if an argument is out of range, the model fails on a batch, or there are no data.
-
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> def model_fn(w, x):
-      ...     return x[:, None] * w[None, :]
       >>> x = jnp.array([[1.0, 3.0]])  # One batch of two examples.
-      >>> result = measures.fisher_trace(model_fn, jnp.zeros(2), x)
-      >>> print(result.value)  # Half of x^2, whichever label is drawn.
+      >>> print(measures.fisher_trace(lambda w, x: jnp.outer(x, w), jnp.zeros(2), x).value)
       2.5
 
     References:
       Martens. New Insights and Perspectives on the Natural Gradient Method. arXiv:1412.1193.
-      Kunstner, Balles, Hennig. Limitations of the Empirical Fisher Approximation for Natural
-      Gradient Descent. arXiv:1905.12558
+      Kunstner, Balles, Hennig. Limitations of the Empirical Fisher Approximation. arXiv:1905.12558
 
-    Notes:
-      Cost: a gradient for each example and draw; memory: a gradient for each example of one batch.
+    Cost: a gradient for each example and draw; a copy for each example of one batch.
     """
     data = _batches.weigh(batches, weights)
     checks.check_count("num_samples", num_samples, 1)

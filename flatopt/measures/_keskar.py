@@ -90,41 +90,26 @@ def keskar_sharpness(
     .. math:: 100 \, \frac{\max_{|y_i| \le \epsilon (|w_i| + 1)} L(w + y) - L(w)}{1 + L(w)}
 
     Args:
-      loss_fn: scalar loss, `loss_fn(params, batch)`; `loss_fn(params)` if `batches` is None.
-        Static.
-      params: where to measure.
-      batches, weights: the data; see `hessian_vector_product`.
-      epsilon: half the width of the box, >= 0, relative to `|w_i| + 1`. The authors use 1e-3 and
-        5e-4. Static.
-      method: "l-bfgs-b": SciPy's optimiser in float64; cannot run under `jax.jit`. "projected":
-        projected gradient ascent, which can. Both give a lower bound of the maximum. Static.
-      num_steps: iterations, >= 1; the authors take 10. Static.
-      key: random key or seed of the first displacement, which a minimum needs.
-      mask: which leaves to vary; see `hessian_vector_product`. Static.
+      loss_fn, params, batches, weights, mask: see `hessian_vector_product`.
+      epsilon: half the width of the box, >= 0, in units of `|w_i| + 1`. Static.
+      method: "l-bfgs-b", SciPy's in float64, which cannot run under `jax.jit`; "projected",
+        gradient ascent in the box, which can. Both give a lower bound of the maximum. Static.
+      num_steps, key: iterations, >= 1 (static); key or seed of the first displacement.
 
     Returns:
       The measure, a scalar.
 
-    Raises:
-      ValueError: if an argument is out of range, `method="l-bfgs-b"` is used under `jax.jit`, the
-        loss is no scalar, not finite outside `jax.jit`, or fails on a batch, or there are no data.
-
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> def loss_fn(w):
-      ...     return jnp.sum(w**2)
-      >>> print(f"{measures.keskar_sharpness(loss_fn, jnp.zeros(3), epsilon=0.1):.2f}")
+      >>> print(f"{measures.keskar_sharpness(lambda w: w @ w, jnp.zeros(3), epsilon=0.1):.2f}")
       3.00
 
     References:
-      Keskar, Mudigere, Nocedal, Smelyanskiy, Tang. On Large-Batch Training for Deep Learning:
-      Generalization Gap and Sharp Minima. arXiv:1609.04836. Byrd, Lu, Nocedal, Zhu. A Limited
-      Memory Algorithm for Bound Constrained Optimization. 1995.
+      Keskar, Mudigere, Nocedal, Smelyanskiy, Tang. On Large-Batch Training. arXiv:1609.04836.
+      Byrd, Lu, Nocedal, Zhu. A Limited Memory Algorithm for Bound Constrained Optimization. 1995.
 
-    Notes:
-      Cost: `num_steps` + 2 gradients over the data, for "l-bfgs-b" up to a few times that in its
-      line searches. This is the full-space variant (the authors' A is the identity).
+    Cost: `num_steps` + 2 gradients over the data; "l-bfgs-b" up to a few times that.
     """
     data = _batches.weigh(batches, weights)
     checks.check_number("epsilon", epsilon, low=0.0)

@@ -45,43 +45,29 @@ def local_energy(
 ) -> LocalEnergy:
     r"""The rise of the error under multiplicative Gaussian noise on the weights.
 
-    .. math:: \delta E(\sigma) = \mathbb E_z \, E(w \odot (1 + \sigma z)) - E(w), \qquad
-       z \sim \mathcal N(0, I)
+    .. math:: \delta E(\sigma) = \mathbb E_{z \sim \mathcal N(0, I)} E(w \odot (1+\sigma z)) - E(w)
 
     Args:
-      error_fn: the error, `error_fn(params, batch)`, a mean over its batch: the authors take the
-        share of training examples classified wrongly. Static.
-      params: where to measure.
-      batches, weights: the data; see `hessian_vector_product`.
+      error_fn: `error_fn(params, batch)`, a batch's mean, such as its share of mistakes. Static.
+      params, batches, weights, mask: see `hessian_vector_product`.
       sigmas: sizes of the noise, >= 0, relative to each weight.
-      num_samples: draws of the noise, >= 1; the same ones for every size. Static.
-      key: random key or integer seed.
-      mask: which leaves to disturb; see `hessian_vector_product`. Static.
+      num_samples, key: draws, >= 1, the same for every size (static); key or integer seed.
 
     Returns:
       `LocalEnergy`: the curve over `sigmas` with its standard errors.
 
-    Raises:
-      ValueError: if an argument is out of range, the error is no scalar, not finite outside
-        `jax.jit`, or fails on a batch, or there are no data.
-
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> def error_fn(w):
-      ...     return jnp.mean(w < 1.0)  # Each weight is lost once it falls below 1.
-      >>> result = measures.local_energy(error_fn, jnp.full(2000, 2.0), sigmas=[0.0, 0.5])
-      >>> print(f"{result.energy[1]:.2f}")  # A normal draw lies below -1 in 16 cases of 100.
-      0.16
+      >>> w = jnp.full(2000, 2.0)  # A weight is lost below 1: 16 normal draws of 100 lie below -1.
+      >>> print(measures.local_energy(lambda w: jnp.mean(w < 1), w, sigmas=[0.5]).energy)
+      [0.16]
 
     References:
       Pittorino, Lucibello, Feinauer, Perugini, Baldassi, Demyanenko, Zecchina. Entropic Gradient
       Descent Algorithms and Wide Flat Minima. arXiv:2006.07897
 
-    Notes:
-      Cost: `num_samples * len(sigmas)` errors over the data; no gradients, so the error need not be
-      differentiable. Multiplicative noise does not see the scale of the weights, but it does see
-      rescalings between layers that leave the network as it is.
+    Cost: `num_samples * len(sigmas)` errors over the data; no gradients.
     """
     data = _batches.weigh(batches, weights)
     sizes = jnp.asarray(sigmas, jnp.result_type(float))

@@ -45,41 +45,26 @@ def local_entropy_estimate(
 
     .. math:: F = \log \mathbb E_{w' \sim \mathcal N(w, I / \gamma)} \, e^{-\beta L(w')}
 
-    up to a constant the local entropy of Entropy-SGD: higher is wider or deeper.
-
     Args:
-      loss_fn: scalar loss, `loss_fn(params, batch)`; `loss_fn(params)` if `batches` is None.
-        Static.
-      params: where to measure.
-      batches, weights: the data; see `hessian_vector_product`.
+      loss_fn, params, batches, weights, mask: see `hessian_vector_product`.
       gamma: inverse variance of the Gaussian, > 0.
       beta: inverse temperature, > 0; for a mean loss, the number of examples is natural.
-      num_samples: draws, >= 1. Static.
-      key: random key or integer seed.
-      mask: which leaves to disturb; see `hessian_vector_product`. Static.
+      num_samples, key: draws, >= 1 (static), and their random key or integer seed.
 
     Returns:
-      `LocalEntropy`. Look at `effective_samples`.
-
-    Raises:
-      ValueError: if an argument is out of range, the loss is no scalar, not finite outside
-        `jax.jit`, or fails on a batch, or there are no data.
+      `LocalEntropy`; higher is wider or deeper. Look at `effective_samples`.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> def loss_fn(w):
-      ...     return 0.5 * jnp.sum(w**2)
-      >>> result = measures.local_entropy_estimate(loss_fn, jnp.zeros(2), gamma=10.0)
+      >>> result = measures.local_entropy_estimate(lambda w: w @ w / 2, jnp.zeros(2), gamma=10.0)
       >>> print(f"{result.value:.1f}")  # Exactly minus log 1.1.
       -0.1
 
     References:
       Chaudhari et al. Entropy-SGD: Biasing Gradient Descent into Wide Valleys. arXiv:1611.01838
 
-    Notes:
-      Cost: `num_samples` losses over the data, no gradients. Plain sampling: as `beta` or the
-      number of parameters grows, few draws carry the mean, and the estimate is too low.
+    Cost: `num_samples` losses over the data; no gradients.
     """
     data = _batches.weigh(batches, weights)
     for name, value in (("gamma", gamma), ("beta", beta)):

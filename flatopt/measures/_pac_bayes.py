@@ -77,46 +77,27 @@ def pac_bayes_sigma(
 
     .. math:: \sigma^* = \max \{ \sigma : \mathbb E_z \, L(w + \sigma z) - L(w) \le \text{target} \}
 
-    The flatness term of PAC-Bayes bounds is then of the order of :math:`\|w\|^2 / \sigma^{*2}`.
-
     Args:
-      loss_fn: loss or error, `loss_fn(params, batch)`; `loss_fn(params)` if `batches` is None.
-        Static.
-      params: where to measure.
-      batches, weights: the data; see `hessian_vector_product`.
+      loss_fn, params, batches, weights, mask: see `hessian_vector_product`.
       target: the rise allowed, > 0; 0.1 for an error is usual.
-      limits: the least and the largest sigma to look between, > 0. Static.
-      num_samples: draws, >= 1. Static.
-      num_halvings: halvings of the interval between the logarithms of `limits`, >= 1. Static.
+      limits, num_halvings: least and largest sigma, > 0; bisections of its logarithm, >= 1. Static.
+      num_samples, key: draws, >= 1 (static), and their random key or integer seed.
       multiplicative: True: noise in units of each weight, `w (1 + sigma z)`. Static.
-      key: random key or integer seed.
-      mask: which leaves to disturb; see `hessian_vector_product`. Static.
 
     Returns:
       `PacBayesSigma`. A `sigma` at one of the limits means that the answer lies beyond.
 
-    Raises:
-      ValueError: if an argument is out of range, the loss is no scalar, not finite outside
-        `jax.jit`, or fails on a batch, or there are no data.
-
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> def loss_fn(w):
-      ...     return 0.5 * jnp.sum(w**2)  # The mean rise is 500 sigma^2.
-      >>> result = measures.pac_bayes_sigma(loss_fn, jnp.zeros(1000), target=5.0)
-      >>> print(f"{result.sigma:.2f}")
+      >>> print(measures.pac_bayes_sigma(lambda w: w @ w / 2, jnp.zeros(1000), target=5.0).sigma)
       0.10
 
     References:
-      Dziugaite, Roy. Computing Nonvacuous Generalization Bounds for Deep (Stochastic) Neural
-      Networks with Many More Parameters than Training Data. arXiv:1703.11008. Jiang, Neyshabur,
-      Mobahi, Krishnan, Bengio. Fantastic Generalization Measures and Where to Find Them.
-      arXiv:1912.02178
+      Dziugaite, Roy. Computing Nonvacuous Generalization Bounds. arXiv:1703.11008. Jiang,
+      Neyshabur, Mobahi, Krishnan, Bengio. Fantastic Generalization Measures. arXiv:1912.02178
 
-    Notes:
-      Cost: `num_samples * (num_halvings + 1)` losses over the data, no gradients. It supposes that
-      the rise grows with sigma.
+    Cost: `num_samples * (num_halvings + 1)` losses over the data; no gradients.
     """
     data = _batches.weigh(batches, weights)
     array = np.asarray(limits, float)

@@ -25,16 +25,12 @@ def quantise(
     Args:
       params: tree of weights.
       bits: in [2, 16]; 8 and 4 are usual. Static.
-      per_channel: True: one step for each index of the last axis (each output unit of a kernel);
-        False: one for each leaf. Static.
-      mask: which leaves to round; see `hessian_vector_product`. None: those with two axes or more,
-        as is usual; biases and scales stay. Static.
+      per_channel: one step for each index of the last axis (a kernel's output), or for each leaf.
+        Static.
+      mask: as in `hessian_vector_product`; None: leaves with two axes or more, as is usual. Static.
 
     Returns:
       A tree like `params`, in the same dtypes.
-
-    Raises:
-      ValueError: if `bits` is out of range or the mask does not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -46,8 +42,7 @@ def quantise(
       Jacob et al. Quantization and Training of Neural Networks for Efficient
       Integer-Arithmetic-Only Inference. arXiv:1712.05877
 
-    Notes:
-      Rounding to nearest, no calibration; activations are not rounded. Zero stays zero.
+    Cost: nothing.
     """
     _check_bits(bits)
     variables = _variables.select(params, _kernels if mask is None else mask)
@@ -101,41 +96,29 @@ def quantisation_gap(
     per_channel: bool = True,
     mask: Mask = None,
 ) -> jax.Array:
-    r"""The rise of the loss when the weights are rounded to few bits.
+    """The rise of the loss when the weights are rounded to few bits.
 
     .. math:: L(q(w)) - L(w)
 
     Args:
-      loss_fn: loss or error, `loss_fn(params, batch)`; `loss_fn(params)` if `batches` is None.
-        Static.
-      params: where to measure.
-      batches, weights: the data; see `hessian_vector_product`.
-      bits: in [2, 16]; 8 and 4 are usual. Static.
-      per_channel: one grid for each output unit, or for each leaf; see `quantise`. Static.
-      mask: which leaves to round; None: those with two axes or more. Static.
+      loss_fn, params, batches, weights: a loss or an error; see `hessian_vector_product`.
+      bits, per_channel, mask: the grid, and the leaves to round; see `quantise`. Static.
 
     Returns:
       The rise, a scalar; negative where rounding happens to help.
 
-    Raises:
-      ValueError: if `bits` is out of range, the loss is no scalar, not finite outside `jax.jit`, or
-        fails on a batch, or there are no data.
-
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> def loss_fn(w):
-      ...     return jnp.sum((w - jnp.array([[0.9], [0.35], [-1.0]])) ** 2)
       >>> w = jnp.array([[0.9], [0.35], [-1.0]])
-      >>> print(f"{measures.quantisation_gap(loss_fn, w, bits=2):.4f}")
+      >>> gap = measures.quantisation_gap(lambda v: jnp.sum((v - w) ** 2), w, bits=2)
+      >>> print(f"{gap:.4f}")
       0.1325
 
     References:
       Watts et al. Sharpness-Aware Pretraining Mitigates Catastrophic Forgetting. arXiv:2605.02105
 
-    Notes:
-      Cost: two losses over the data. A flat minimum loses little: to second order the gap is the
-      Hessian's quadratic form in the rounding error.
+    Cost: two losses over the data.
     """
     data = _batches.weigh(batches, weights)
     _check_bits(bits)

@@ -154,51 +154,31 @@ def sam_sharpness(
     per_batch: bool = False,
     mask: Mask = None,
 ) -> jax.Array:
-    r"""The rise of the loss in the direction that SAM takes.
+    r"""The rise of the loss in the direction that SAM takes, the largest of n steps.
 
-    .. math:: L(w + \epsilon_n) - L(w), \qquad
-       \epsilon_{i+1} = \rho \, \nabla L(w + \epsilon_i) / \|\nabla L(w + \epsilon_i)\|,
-       \quad \epsilon_0 = 0
-
-    and of the n steps the one with the largest rise. One step is SAM's own. Many steps approach the
-    maximum over the ball: on a quadratic they are a power iteration.
+    .. math:: \max_{1 \le i \le n} L(w + \epsilon_i) - L(w), \quad \epsilon_0 = 0, \quad
+       \epsilon_{i+1} = \rho \, \nabla L(w + \epsilon_i) / \|\nabla L(w + \epsilon_i)\|
 
     Args:
-      loss_fn: scalar loss, `loss_fn(params, batch)`; `loss_fn(params)` if `batches` is None.
-        Static.
-      params: where to measure.
-      batches, weights: the data; see `hessian_vector_product`.
+      loss_fn, params, batches, weights, mask: see `hessian_vector_product`.
       rho: radius, >= 0, in units of the parameters' Euclidean norm.
-      num_steps: n >= 1. Static.
-      key: None: the first step follows the gradient. A random key or seed: it goes in a random
-        direction, as is needed at a minimum, where there is no gradient; take 20 steps or more.
-      per_batch: True: a displacement for each batch, and the mean of the rises (m-sharpness, with
-        m the size of a batch). False: one for all data. Static.
-      mask: which leaves to vary; see `hessian_vector_product`. Static.
+      num_steps: n >= 1; one step is SAM's own. Static.
+      key: None: the first step follows the gradient; a key or seed: it is random.
+      per_batch: True: a displacement for each batch, and the mean of the rises. Static.
 
     Returns:
       The rise, a scalar; negative where the ascent goes astray, NaN if the loss is NaN there.
 
-    Raises:
-      ValueError: if an argument is out of range, the loss is no scalar, not finite outside
-        `jax.jit`, or fails on a batch, or there are no data.
-
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> def loss_fn(w):
-      ...     return 0.5 * jnp.sum(jnp.array([4.0, 1.0]) * w**2)
-      >>> at_minimum = measures.sam_sharpness(loss_fn, jnp.zeros(2), rho=0.1, num_steps=20, key=0)
-      >>> print(f"{at_minimum:.4f}")  # rho^2 / 2 times the largest eigenvalue
-      0.0200
+      >>> print(measures.sam_sharpness(lambda w: w @ w, jnp.array([3.0, 4.0]), rho=1.0))
+      11.0
 
     References:
-      Foret, Kleiner, Mobahi, Neyshabur. Sharpness-Aware Minimization for Efficiently Improving
-      Generalization. arXiv:2010.01412
+      Foret, Kleiner, Mobahi, Neyshabur. Sharpness-Aware Minimization. arXiv:2010.01412
 
-    Notes:
-      Cost: `num_steps` + 1 gradients over the data. At a minimum, for small rho and many steps, the
-      result is half rho squared times the largest eigenvalue of the Hessian.
+    Cost: `num_steps` + 1 gradients over the data.
     """
     data = _batches.weigh(batches, weights)
     checks.check_number("rho", rho, low=0.0)
@@ -229,55 +209,29 @@ def adaptive_sharpness(
 ) -> Estimate:
     r"""The rise of the loss when every weight moves in proportion to itself.
 
-    .. math:: \max_{\|T^{-1} \epsilon\|_p \le \rho} L(w + \epsilon) - L(w)
-       \quad\text{or}\quad \mathbb E_z \, L(w + \rho T z) - L(w), \qquad
-       T = \mathrm{diag}(|w| + \eta)
-
-    Rescaling the units of a ReLU network leaves it as it is, where plain sharpness changes.
+    .. math:: \max_{\|\epsilon / t\|_p \le \rho} L(w + \epsilon) - L(w), \qquad t = |w| + \eta
 
     Args:
-      loss_fn: scalar loss, `loss_fn(params, batch)`; `loss_fn(params)` if `batches` is None.
-        Static.
-      params: where to measure.
-      batches, weights: the data; see `hessian_vector_product`.
-      rho: radius, >= 0, as a share of each weight for "linf" and of the whole for "l2".
-      norm: "l2" or "linf"; in the average case standard normal draws or uniform ones in [-1, 1].
-        Static.
-      case: "worst": ascent as in `sam_sharpness`; a lower bound of the maximum. "average": over
-        random draws. Static.
-      eta: added to `|w|`, >= 0.
-      num_steps: steps of the worst case, >= 1. Static.
-      num_samples: draws of the average case, >= 1. Static.
-      key: random key or seed: of the draws; in the worst case of a random first direction, None
-        meaning the gradient.
-      per_batch: in the worst case a displacement for each batch; see `sam_sharpness`. Static.
-      mask: which leaves to vary; see `hessian_vector_product`. Static.
+      loss_fn, params, batches, weights, mask: see `hessian_vector_product`.
+      rho, eta: both >= 0; rho is a share of each weight for "linf", of the whole for "l2".
+      norm, case: "l2" or "linf"; "worst" or "average", the mean rise at `w + rho t z`. Static.
+      num_steps, num_samples: of the worst case; of the average one; >= 1. Static.
+      key, per_batch: as in `sam_sharpness` for the worst case; the key is the draws' too.
 
     Returns:
       `Estimate`: the rise and its standard error over the draws, 0 in the worst case.
 
-    Raises:
-      ValueError: if an argument is out of range, the loss is no scalar, not finite outside
-        `jax.jit`, or fails on a batch, or there are no data.
-
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> def loss_fn(w):
-      ...     return jnp.sum(w**2)
-      >>> w = jnp.array([1.0, 2.0])
-      >>> print(measures.adaptive_sharpness(loss_fn, w, rho=0.1, norm="linf").value)
-      1.05
+      >>> print(measures.adaptive_sharpness(jnp.sum, jnp.arange(3.0), rho=0.1, norm="linf").value)
+      0.3
 
     References:
-      Kwon, Kim, Park, Choi. ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
-      Learning of Deep Neural Networks. arXiv:2102.11600. Andriushchenko, Croce, Mueller, Hein,
-      Flammarion. A Modern Look at the Relationship between Sharpness and Generalization.
-      arXiv:2302.07011
+      Kwon, Kim, Park, Choi. ASAM. arXiv:2102.11600. Andriushchenko, Croce, Mueller, Hein,
+      Flammarion. A Modern Look at Sharpness and Generalization. arXiv:2302.07011
 
-    Notes:
-      Cost: `num_steps` + 1 gradients, or `num_samples` + 1 losses over the data. The second
-      reference finds that none of these predicts generalisation reliably.
+    Cost: `num_steps` + 1 gradients, or `num_samples` + 1 losses over the data.
     """
     data = _batches.weigh(batches, weights)
     checks.check_choice("norm", norm, NORMS)

@@ -72,42 +72,26 @@ def cka(
     .. math:: \frac{\sum_b \mathrm{HSIC}_1(K_b, K'_b)}
        {\sqrt{\sum_b \mathrm{HSIC}_1(K_b, K_b) \, \sum_b \mathrm{HSIC}_1(K'_b, K'_b)}}
 
-    with K the scalar products of the features of the examples of a batch and the unbiased estimate
-    of HSIC, so that the result does not depend on the size of the batches.
-
     Args:
-      features_fn: the features, `features_fn(params, batch)`, [examples, ...]. Static.
-      params: the first network.
-      other_params: the second network.
-      batches, weights: the data, batches of at least four examples; see `hessian_vector_product`.
-      other_features_fn: features of the second network; None: `features_fn`. Static.
+      features_fn, other_features_fn: of (params, batch), [examples, ...]; None: the first. Static.
+      params, other_params: the first network and the second.
+      batches, weights: the data, four examples a batch at least; see `hessian_vector_product`.
 
     Returns:
-      A scalar, 1 for features that agree up to rotation, scale and shift, about 0 for unrelated
-      ones; NaN for constant features.
-
-    Raises:
-      ValueError: if a batch has fewer than four examples, the two have different numbers of
-        examples, a function fails on a batch, or there are no data.
+      A scalar: 1 for features equal up to rotation, scale and shift, about 0 for unrelated ones.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> def features_fn(w, x):
-      ...     return x @ w
       >>> x = jnp.array([[[1.0, 0.0], [0.0, 1.0], [2.0, 1.0], [1.0, 3.0], [0.0, 2.0]]])
-      >>> turned = jnp.array([[0.0, 3.0], [-3.0, 0.0]])
-      >>> print(f"{measures.cka(features_fn, jnp.eye(2), turned, x):.4f}")
+      >>> print(f"{measures.cka(lambda w, x: x @ w, jnp.eye(2), -2 * jnp.eye(2), x):.4f}")
       1.0000
 
     References:
-      Kornblith, Norouzi, Lee, Hinton. Similarity of Neural Network Representations Revisited.
-      arXiv:1905.00414. Nguyen, Raghu, Kornblith. Do Wide and Deep Networks Learn the Same Things?
-      arXiv:2010.15327
+      Kornblith, Norouzi, Lee, Hinton. Similarity of Representations Revisited. arXiv:1905.00414.
+      Nguyen, Raghu, Kornblith. Do Wide and Deep Networks Learn the Same Things? arXiv:2010.15327
 
-    Notes:
-      Cost: one forward pass of each network, and the square of the batch size times the number of
-      features. Memory: one batch.
+    Cost: one forward pass of each network, and batch size squared times features; one batch.
     """
     data = _batches.weigh(batches, weights)
     other_fn = features_fn if other_features_fn is None else other_features_fn
@@ -163,32 +147,24 @@ def prediction_disagreement(
 
     Args:
       model_fn: the outputs, `model_fn(params, batch)`, [examples, classes]. Static.
-      params: the first network.
-      other_params: the second network.
+      params, other_params: the first network and the second.
       batches, weights: the data; see `hessian_vector_product`.
       other_model_fn: outputs of the second network; None: `model_fn`. Static.
 
     Returns:
       A scalar in [0, 1]; NaN where an output is not finite.
 
-    Raises:
-      ValueError: if the outputs have different shapes, a function fails on a batch, or there are no
-        data.
-
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> def model_fn(w, x):
-      ...     return x * w[None]
-      >>> x = jnp.array([[[1.0, 2.0], [3.0, 1.0], [5.0, 1.0]]])
-      >>> print(measures.prediction_disagreement(model_fn, jnp.ones(2), jnp.array([1.0, 4.0]), x))
+      >>> x, w = jnp.array([[[1.0, 2.0], [3.0, 1.0], [5.0, 1.0]]]), jnp.diag(jnp.array([1.0, 4.0]))
+      >>> print(measures.prediction_disagreement(lambda w, x: x @ w, jnp.eye(2), w, x))
       0.33333334
 
     References:
       Fort, Hu, Lakshminarayanan. Deep Ensembles: A Loss Landscape Perspective. arXiv:1912.02757
 
-    Notes:
-      Cost: one forward pass of each network.
+    Cost: one forward pass of each network.
     """
     data = _batches.weigh(batches, weights)
     other_fn = model_fn if other_model_fn is None else other_model_fn

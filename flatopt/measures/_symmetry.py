@@ -44,7 +44,7 @@ class Alignment(NamedTuple):
 
 
 def chain_units(params: optax.Params, layers: Sequence[str] | None = None) -> tuple[Units, ...]:
-    r"""The hidden units of a plain chain of layers, each leading to the next alone.
+    """The hidden units of a plain chain of layers, each leading to the next alone.
 
     Args:
       params: tree of nested dicts in Flax's layout: each layer a dict with a "kernel" of shape
@@ -61,18 +61,12 @@ def chain_units(params: optax.Params, layers: Sequence[str] | None = None) -> tu
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> params = {
-      ...     "Dense_0": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)},
-      ...     "Dense_1": {"kernel": jnp.ones((5, 2)), "bias": jnp.ones(2)},
-      ... }
-      >>> (units,) = measures.chain_units(params)
+      >>> layer = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+      >>> (units,) = measures.chain_units({"Dense_0": layer, "Dense_1": layer})
       >>> print(units.incoming, units.outgoing)
       (('Dense_0/kernel', -1), ('Dense_0/bias', -1)) (('Dense_1/kernel', -2),)
 
-    Notes:
-      Convolutions are such layers; what flattens images between a convolution and a dense layer,
-      skip connections and normalisation layers are not covered: write their `Units` by hand. Costs
-      nothing.
+    Cost: nothing.
     """
     leaves = by_path(params)
     if layers is None:
@@ -102,17 +96,12 @@ def rescale_units(params: optax.Params, units: Sequence[Units]) -> optax.Params:
     .. math:: (w_{in}, b) \leftarrow (w_{in}, b) / c, \quad w_{out} \leftarrow c \, w_{out}, \quad
        c = \|(w_{in}, b)\|
 
-    The network computes what it did, since :math:`\mathrm{relu}(c z) = c \, \mathrm{relu}(z)`.
-
     Args:
       params: the network.
       units: its hidden units, from the first layer to the last: `chain_units(params)`. Static.
 
     Returns:
-      A tree like `params`. Units without incoming weights stay as they are.
-
-    Raises:
-      ValueError: if `units` names leaves or axes that `params` does not have.
+      A tree like `params`, which computes what it did. Units without incoming weights stay.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -123,13 +112,10 @@ def rescale_units(params: optax.Params, units: Sequence[Units]) -> optax.Params:
       [0.6 0.8] [10.]
 
     References:
-      Pittorino, Ferraro, Perugini, Feinauer, Baldassi, Zecchina. Deep Networks on Toroids: Removing
-      Symmetries Reveals the Structure of Flat Regions in the Landscape Geometry. arXiv:2202.03038
+      Pittorino, Ferraro, Perugini, Feinauer, Baldassi, Zecchina. Deep Networks on Toroids.
+      arXiv:2202.03038
 
-    Notes:
-      Flatness in units of the weights themselves means little before this: rescaling alone can make
-      a minimum look as sharp as one likes (Dinh, Pascanu, Bengio, Bengio, arXiv:1703.04933). For
-      units whose activation is homogeneous of degree 1. Costs nothing.
+    Cost: nothing.
     """
     leaves = by_path(params)
     checked = check_units(leaves, units)
@@ -156,38 +142,27 @@ def align_units(
 
     .. math:: \min_\pi \|w - \pi(w')\|
 
-    over the permutations of each set of units, one set after another until nothing changes.
-
     Args:
-      params: the first network.
-      other_params: the second network, of the same shapes.
+      params, other_params: the first network and the second, of the same shapes.
       units: the hidden units: `chain_units(params)`.
       max_sweeps: most rounds over the sets of units, >= 1.
 
     Returns:
       `Alignment`: the second network permuted, which computes what it did, and the permutations.
 
-    Raises:
-      ValueError: if the networks differ in shape, `units` names leaves or axes that they do not
-        have, a weight is not finite, or it is called under `jax.jit`.
-
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> def network(a, b):
-      ...     return {"a": {"kernel": jnp.array([a])}, "b": {"kernel": jnp.array(b)[:, None]}}
-      >>> first, second = network([1.0, 5.0], [2.0, 7.0]), network([5.1, 0.9], [7.0, 2.0])
-      >>> result = measures.align_units(first, second, measures.chain_units(first))
-      >>> print(result.params["a"]["kernel"], result.permutations[0])
-      [[0.9 5.1]] [1 0]
+      >>> first = {"a": {"kernel": jnp.array([[1.0, 5.0]])}, "b": {"kernel": jnp.eye(2)}}
+      >>> second = {"a": {"kernel": jnp.array([[5.1, 0.9]])}, "b": {"kernel": jnp.eye(2)[::-1]}}
+      >>> print(measures.align_units(first, second, measures.chain_units(first)).permutations[0])
+      [1 0]
 
     References:
       Ainsworth, Hayase, Srinivasa. Git Re-Basin: Merging Models modulo Permutation Symmetries.
       arXiv:2209.04836. The assignment is SciPy's `linear_sum_assignment`.
 
-    Notes:
-      Exact for one set of units; for several a local optimum. Looks at weights alone: no data, no
-      gradients. For a ReLU network call `rescale_units` on both first if their scales differ.
+    Cost: no pass over data; not under `jax.jit`.
     """
     checks.check_count("max_sweeps", max_sweeps, 1)
     _variables.check_alike("other_params", other_params, params)

@@ -143,48 +143,26 @@ def trace(
     .. math:: \operatorname{tr} H = \mathbb E \, z^\top H z, \qquad \mathbb E \, z z^\top = I
 
     Args:
-      loss_fn: scalar loss, or, with `output_loss`, the model; see `top_eigenvalues`. Static.
-      params: where to take the Hessian.
-      batches, weights: the data; see `hessian_vector_product`.
-      num_products: Hessian-vector products to spend; rounded down to a multiple of 3 for "hutch++"
-        and of 2 for "xtrace". Static.
-      method: "hutchinson": random signs, the error falls with the root of `num_products`.
-        "hutch++": a third each for a sketch of the range, the trace inside it, and Hutchinson
-        outside. "xtrace": every draw serves as sketch and as probe. The latter two are much more
-        accurate where few eigenvalues dominate, hold `num_products / 3` or `/ 2` copies of the
-        parameters twice, and are exact once the draws span the range. Static.
+      loss_fn, params, batches, weights, output_loss, mask: see `top_eigenvalues`.
+      num_products: Hessian-vector products to spend. Static.
+      method: "hutchinson" (random signs); "hutch++" or "xtrace": much more accurate where few
+        eigenvalues dominate, with `num_products / 3` or `/ 2` copies twice. Static.
       key: random key or integer seed.
-      output_loss: None for the Hessian, else the Gauss-Newton matrix; see `top_eigenvalues`.
-        Static.
-      mask: which leaves to vary; see `hessian_vector_product`. Static.
 
     Returns:
-      `Trace`. The standard error of "xtrace" takes its samples for independent, which they nearly
-      are; that of "hutch++" is of the part outside the sketch, the only random one.
-
-    Raises:
-      ValueError: if `method` is unknown, `num_products` is too small or exceeds what the number of
-        parameters allows, the loss is no scalar, not finite outside `jax.jit`, or fails on a batch,
-        or there are no data.
+      `Trace`, with the standard error over the draws.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> def loss_fn(w):
-      ...     return 0.5 * jnp.sum(jnp.array([1.0, 2.0, 6.0]) * w**2)
-      >>> result = measures.trace(loss_fn, jnp.ones(3), num_products=6, method="xtrace")
-      >>> print(f"{result.value:.4f}")
-      9.0000
+      >>> print(measures.trace(lambda w: w @ w, jnp.ones(3), num_products=6).value)
+      6.0
 
     References:
-      Hutchinson. A Stochastic Estimator of the Trace of the Influence Matrix. 1989. Meyer, Musco,
-      Musco, Woodruff. Hutch++: Optimal Stochastic Trace Estimation. arXiv:2010.09649. Epperly,
-      Tropp, Webber. XTrace: Making the Most of Every Sample in Stochastic Trace Estimation.
-      arXiv:2301.07825
+      Hutchinson. A Stochastic Estimator of the Trace. 1989. Meyer, Musco, Musco, Woodruff. Hutch++.
+      arXiv:2010.09649. Epperly, Tropp, Webber. XTrace. arXiv:2301.07825
 
-    Notes:
-      Cost: `num_products` Hessian-vector products. Divide by the number of parameters for the mean
-      eigenvalue.
+    Cost: `num_products` Hessian-vector products.
     """
     data = _batches.weigh(batches, weights)
     checks.check_choice("method", method, _METHODS)
