@@ -156,6 +156,13 @@ def _functions() -> dict[str, ast.FunctionDef]:
     }
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_docstrings_are_short(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (doc := ast.get_docstring(node)):
+            assert len(doc.splitlines()) <= 25, node.name
+
+
 def test_functions_are_short():
     lengths = {name: _lines_of_code(node) for name, node in _functions().items()}
     long = {name: lines for name, lines in lengths.items() if lines > 40}

@@ -92,19 +92,18 @@ def local_entropy(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the gradient of the loss by that of the local entropy; the parameters never move.
 
-    .. math:: y \leftarrow y - \eta [\nabla L(y) + \gamma (y - w)] + \sqrt{2 \eta T} \xi, \quad
-      \mu \leftarrow a \mu + (1 - a) y, \quad g \leftarrow [\gamma] (w - \mu)
+    .. math:: y \leftarrow y - \eta [\nabla L(y) + \gamma (y - w)] + \sqrt{2 \eta T} \xi, \;
+      \mu \leftarrow a \mu + (1 - a) y, \; g \leftarrow [\gamma] (w - \mu)
 
     Args:
       num_steps: inner steps L >= 0 from y = w; 0 passes the gradient on. Static.
       gamma, inner_learning_rate, weight_decay: stiffness, :math:`\eta`, L2 coefficient, each >= 0.
       noise: root of T, >= 0; or a transformation that adds the noise to a tree of zeros.
       momentum, averaging: Nesterov's in the loop, and a: in [0, 1).
-      scale_by_gamma: emit :math:`\gamma (w - \mu)`, not :math:`w - \mu`. Static.
-      initial_gradient: take the incoming gradient for the first inner step. Static.
-      automatic: first updates that measure a unit of gamma, from `value=loss`. Static.
-      inner_step: another step of the loop; see the page on local entropy. Static.
-      key: an int seed, a key from `jax.random.key`, or its uint32 key data.
+      scale_by_gamma, initial_gradient: whether to emit :math:`\gamma (w - \mu)`, and to use the
+        incoming gradient in the first inner step. Static.
+      automatic: first updates that measure gamma's unit, from `value=loss`. Static.
+      inner_step, key: another step of the loop (see its page); as for `langevin`.
 
     Returns:
       A stage to be chained before any optimiser; `update` needs `params` and `grad_fn`.

@@ -65,8 +65,7 @@ def alternate(
     Examples:
       >>> import jax.numpy as jnp, optax, flatopt
       >>> tx = flatopt.alternate(optax.sgd(0.1), flatopt.scale_to_norm(0.5))
-      >>> w = jnp.array([3.0, 4.0])
-      >>> opt_state = tx.init(w)
+      >>> opt_state, w = tx.init(jnp.zeros(2)), jnp.array([3.0, 4.0])
       >>> for _ in range(2):  # The gradient of |w|^2 / 2 is w.
       ...     updates, opt_state = tx.update(w, opt_state, w)
       ...     w = optax.apply_updates(w, updates)

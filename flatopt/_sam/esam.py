@@ -205,8 +205,7 @@ def esam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""ESAM: the ascent moves random weights, and the second gradient is of the hardest examples.
 
-    .. math:: g \leftarrow \nabla L_S(w + m \circ \rho \, g / (\beta \|g\|)), \;
-      P(m_i = 1) = \beta
+    .. math:: g \leftarrow \nabla L_S(w + m \circ \rho g / (\beta \|g\|)), P(m_i = 1) = \beta
 
     Args:
       rho: radius, >= 0: a number, a traced array, or a schedule; see `sam`.

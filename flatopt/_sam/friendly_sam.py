@@ -80,8 +80,7 @@ def friendly_sam(
 
     Args:
       rho: radius, >= 0: a number, a traced array, or a schedule; see `sam`.
-      sigma: share of the mean to subtract, >= 0; 0 is `sam`. Likewise.
-      decay: :math:`\lambda`, in [0, 1); 0.6 to 0.9 are usual. Likewise.
+      sigma, decay: share of the mean to subtract, >= 0 (0 is `sam`); :math:`\lambda`, in [0, 1).
       adaptive: True: the ascent step is `scale_to_adaptive_norm(rho)`. Static.
       start, every: when it acts; see `gradient_at`. Other gradients do not enter the mean.
       accumulator_dtype: dtype of the mean; None is float32, or wider parameters' own. Static.

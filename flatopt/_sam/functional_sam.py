@@ -45,8 +45,7 @@ def functional_value_and_grad(
     Args:
       network_fn: f, called as `network_fn(params, inputs)`; returns the outputs, such as logits.
       loss_head: :math:`\ell`, called as `loss_head(outputs, *targets)`; returns a scalar.
-      params, inputs: what the network is called with.
-      *targets: what the loss needs besides the outputs.
+      params, inputs, *targets: what the two are called with.
 
     Returns:
       `(loss, grads, grad_fn)`; the ascent bends the network, and not only its sureness.
@@ -60,8 +59,7 @@ def functional_value_and_grad(
       0.0625 -0.25 -0.25
 
     References:
-      Singh, Mobahi, Agarwala, Dauphin. Avoiding Spurious Sharpness Minimization Broadens
-      Applicability of SAM. arXiv:2502.02407
+      Singh et al. Avoiding Spurious Sharpness Minimization. arXiv:2502.02407
 
     Cost: 1 gradient; the gradient of the outputs lives until `grad_fn` is called.
     """

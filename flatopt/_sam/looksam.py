@@ -101,8 +101,7 @@ def reuse_direction(
       perturbation: from the gradient c to a displacement, as for `gradient_at`.
       every, start: when p is taken; see `gradient_at`. Before the first v, c passes.
       alpha: share of v, the part of p across c at length 1, >= 0: a number, an array, a schedule.
-      layerwise: whether v and the norm of c are those of each leaf, not of the whole tree. Static.
-      accumulator_dtype: dtype of v; None is that of the parameters. Static.
+      layerwise, accumulator_dtype: whether v and the norm of c are each leaf's; dtype of v. Static.
 
     Returns:
       A stage to be chained before an optimiser; `update` needs `params` and `grad_fn`.
@@ -111,9 +110,9 @@ def reuse_direction(
       >>> import jax.numpy as jnp, flatopt
       >>> tx, w = flatopt.reuse_direction(flatopt.scale_to_norm(1.0), alpha=0.5), jnp.ones(2)
       >>> c, grad_fn = jnp.array([3.0, 0.0]), lambda w, i: jnp.array([3.0, 2.0])
-      >>> p, state = tx.update(c, tx.init(w), w, grad_fn=grad_fn)
-      >>> print(p, tx.update(c, state, w, grad_fn=grad_fn)[0])
-      [3. 2.] [3.  1.5]
+      >>> _, state = tx.update(c, tx.init(w), w, grad_fn=grad_fn)
+      >>> print(tx.update(c, state, w, grad_fn=grad_fn)[0])
+      [3.  1.5]
 
     References:
       Liu et al. Towards Efficient and Scalable Sharpness-Aware Minimization. arXiv:2203.02714

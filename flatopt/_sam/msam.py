@@ -72,8 +72,7 @@ def msam(
       0.30 0.80
 
     References:
-      Becker, Altrock, Risse. Momentum-SAM: Sharpness Aware Minimization without Computational
-      Overhead. arXiv:2401.12033
+      Becker, Altrock, Risse. Momentum-SAM. arXiv:2401.12033
 
     Cost: 0 extra gradients; 0 copies.
     """

@@ -24,8 +24,7 @@ def rwp(
       \epsilon_f = \sigma \, \|w_f\| \, z_f, \quad z \sim \mathcal{N}(0, 1)
 
     Args:
-      std: :math:`\sigma`, >= 0, in units of each filter's norm; 0.01 is usual: a number, a traced
-        array, or a schedule. With the number 0 the stage is the identity.
+      std: see `filter_noise`; 0.01 is usual, and with the number 0 the stage is the identity.
       alpha: weight of the displaced gradient; 1 is its gradient alone. Likewise.
       key, filter_axis, noise: see `filter_noise`.
       start, every: when it acts; see `gradient_at`.
@@ -41,8 +40,7 @@ def rwp(
       [1. 1. 1.]
 
     References:
-      Li et al. Revisiting Random Weight Perturbation for Efficiently Improving Generalization.
-      arXiv:2404.00357
+      Li et al. Revisiting Random Weight Perturbation. arXiv:2404.00357
 
     Cost: 1 extra gradient; 0 copies (+2 temporary).
     """

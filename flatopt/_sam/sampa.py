@@ -72,8 +72,7 @@ def sampa(
       optimizer: any optax transformation, u.
       rho: radius, >= 0: a number, a traced array, or a schedule; see `sam`.
       mix: :math:`\lambda`, share of the gradient q at the extrapolated point, in [0, 1]: likewise.
-      axis_name: a mesh axis of size 2 that the step runs in under `shard_map`, one gradient on each
-        of its devices; None: one `vmap` over both. Static.
+      axis_name: a mesh axis of size 2 under `shard_map`; None: one `vmap` over both. Static.
 
     Returns:
       A wrapper to be outermost; `update` needs `params` and `grad_fn`, of which it takes

@@ -25,8 +25,7 @@ def sam_value_and_grad(
 
     Args:
       loss_fn: scalar loss, called as `loss_fn(params, *args, **kwargs)`.
-      perturbation: from a gradient to a displacement, such as `scale_to_norm(rho)`; no state but a
-        counter.
+      perturbation: such as `scale_to_norm(rho)`; it must keep no state but a counter.
       num_steps: see `gradient_at`, which gives the same gradient with the model compiled twice.
       has_aux, microbatches: see `make_grad_fn`; the auxiliary output is that of the clean pass.
 
@@ -42,8 +41,7 @@ def sam_value_and_grad(
       12.5 [3.3 4.4]
 
     References:
-      Foret, Kleiner, Mobahi, Neyshabur. Sharpness-Aware Minimization for Efficiently Improving
-      Generalization. arXiv:2010.01412
+      Foret et al. Sharpness-Aware Minimization. arXiv:2010.01412
 
     Cost: `1 + num_steps` gradients in one loop; 0 copies (+2 temporary).
     """

@@ -65,8 +65,7 @@ def wsam(
       optimizer, learning_rate: any optax transformation u, and its rate :math:`\eta`, like `rho`.
       rho: radius of `sam`, whose gradient is p (c: the clean one), >= 0: a number or a schedule.
       gamma: :math:`\alpha = \gamma / (1 - \gamma)`, in [0, 1): 0 is `optimizer`. Likewise.
-      decouple: False: the second form, whose momentum sees the sharpness. Static.
-      adaptive: True: the ascent step is `scale_to_adaptive_norm(rho)`. Static.
+      decouple, adaptive: False is the second form; True ascends `scale_to_adaptive_norm`. Static.
       max_norm: clip c and p, each by itself, to this norm, >= 0; None: no clipping.
       start, every: when it acts; see `gradient_at`.
 
