@@ -13,7 +13,9 @@ flatopt.samplers        batches whose noise is correlated in time
 flatopt.linen, .nnx     adapters for Flax, imported by name
 """
 
-from flatopt import curves, landscape, measures, samplers
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from flatopt._averaging.batch_stats import average_batch_stats
 from flatopt._averaging.fast_geometric_ensemble import (
     cyclic_triangle_schedule,
@@ -79,6 +81,9 @@ from flatopt._sam.value_and_grad import sam_value_and_grad
 from flatopt._sam.vasso import smooth_gradient, vasso
 from flatopt._sam.wsam import wsam
 from flatopt._sam.zsharp import keep_large_zscores, zsharp
+
+if TYPE_CHECKING:
+    from flatopt import curves, landscape, measures, samplers
 
 __version__ = "0.1.0.dev0"
 
@@ -202,6 +207,16 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     "record_sharpness",
     "SharpnessState",
 ]
+
+# Loaded when they are first named: most training runs need none of them.
+_LAZY = frozenset({"curves", "landscape", "measures", "samplers"})
+
+
+def __getattr__(name: str) -> Any:
+    """The package or module `name` of flatopt, loaded now."""
+    if name in _LAZY:
+        return importlib.import_module(f"flatopt.{name}")
+    raise AttributeError(f"module 'flatopt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
