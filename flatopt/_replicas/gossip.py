@@ -9,7 +9,14 @@ import numpy as np
 import optax
 
 from flatopt._core import checks, tree_math
-from flatopt._replicas.replicas import AxisName, for_each, has_mean, on_means, own_axis
+from flatopt._replicas.replicas import (
+    AxisName,
+    for_each,
+    has_mean,
+    mean_over,
+    on_means,
+    own_axis,
+)
 
 TOPOLOGIES = ("ring", "exponential", "torus", "full")
 
@@ -116,7 +123,7 @@ def mix_one(params: optax.Params, mixing: Any, axis_name: AxisName) -> optax.Par
             everyone = jax.lax.all_gather(own, axis_name)
             return jnp.einsum("b,b...->...", row, everyone, precision="highest").astype(x.dtype)
         if mixing == "full":
-            return jax.lax.pmean(own, axis_name).astype(x.dtype)
+            return mean_over(own, axis_name).astype(x.dtype)
         received = [
             jax.lax.ppermute(own, axis_name, [(int(b), a) for a, b in enumerate(permutation)])
             for permutation in neighbours(mixing, number)[1:]

@@ -37,8 +37,9 @@ def mean_over(tree: Any, axis_name: AxisName) -> Any:
         inexact = has_mean(x)
         wide = x.astype(tree_math.accumulator_dtype(x.dtype) if x.dtype != bool else jnp.int32)
         if _must_be_gathered(x):
-            everyone = jax.lax.all_gather(wide, axis_name)
-            return jnp.mean(everyone, 0) if inexact else jnp.max(everyone, 0)
+            # Along a last axis: a new first one JAX would take for the one that is sharded.
+            everyone = jax.lax.all_gather(wide, axis_name, axis=wide.ndim)
+            return jnp.mean(everyone, -1) if inexact else jnp.max(everyone, -1)
         return (jax.lax.pmean if inexact else jax.lax.pmax)(wide, axis_name)
 
     return tree if axis_name == () else jax.tree.map(leaf, tree)
