@@ -37,7 +37,7 @@ def neighbours(topology: str, number: int) -> list[np.ndarray]:
     The first is its own. Small graphs have fewer neighbours than directions: each counts once.
     """
     checks.check_choice("topology", topology, TOPOLOGIES)
-    checks.check_count("number", number, 1)
+    checks.check_count("number", number, 1, none_allowed=False)
     index = np.arange(number)
     if topology == "torus":
         rows = max(r for r in range(1, math.isqrt(number) + 1) if number % r == 0)
@@ -175,6 +175,7 @@ def gossip(
     if isinstance(mixing, str):
         checks.check_choice("mixing", mixing, TOPOLOGIES)
     elif not isinstance(mixing, jax.core.Tracer):
+        mixing = mixing if isinstance(mixing, jax.Array) else np.asarray(mixing)
         _check_matrix(np.asarray(mixing))
     optimizer, axes = checks.as_transformation("optimizer", optimizer), own_axis(axis_name)
 
