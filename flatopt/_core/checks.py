@@ -61,9 +61,9 @@ def as_transformation(name: str, value: Any) -> optax.GradientTransformationExtr
     return optax.with_extra_args_support(value)
 
 
-def check_count(name: str, value: int | None, low: int) -> None:
-    """Raises unless `value` is None or a Python integer of at least `low`."""
-    if value is None:
+def check_count(name: str, value: int | None, low: int, *, none_allowed: bool = True) -> None:
+    """Raises unless `value` is None, where that is allowed, or an integer of at least `low`."""
+    if value is None and none_allowed:
         return
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(

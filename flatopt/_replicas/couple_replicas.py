@@ -126,9 +126,13 @@ def _measure(
     measuring: jax.Array, unit: jax.Array, value: Any, params: optax.Params, axis_name: AxisName
 ) -> jax.Array:
     """The unit of the strength, renewed while `measuring`."""
-    return tree_math.apply_if(
-        measuring, lambda _: balancing_strength(jnp.mean(value), params, axis_name), unit
-    )
+
+    def renew(unit: jax.Array) -> jax.Array:
+        balancing = balancing_strength(jnp.mean(value), params, axis_name)
+        # Always the first; to `jax.shard_map` it then differs between devices as the state may.
+        return jnp.where(measuring, balancing, unit)
+
+    return tree_math.apply_if(measuring, renew, unit)
 
 
 def _require_loss(automatic: int | None, value: Any) -> None:

@@ -9,7 +9,14 @@ import numpy as np
 import optax
 
 from flatopt._core import checks, tree_math
-from flatopt._replicas.replicas import AxisName, for_each, has_mean, on_means, own_axis
+from flatopt._replicas.replicas import (
+    AxisName,
+    for_each,
+    has_mean,
+    mean_over,
+    on_means,
+    own_axis,
+)
 
 TOPOLOGIES = ("ring", "exponential", "torus", "full")
 
@@ -30,7 +37,7 @@ def neighbours(topology: str, number: int) -> list[np.ndarray]:
     The first is its own. Small graphs have fewer neighbours than directions: each counts once.
     """
     checks.check_choice("topology", topology, TOPOLOGIES)
-    checks.check_count("number", number, 1)
+    checks.check_count("number", number, 1, none_allowed=False)
     index = np.arange(number)
     if topology == "torus":
         rows = max(r for r in range(1, math.isqrt(number) + 1) if number % r == 0)
@@ -116,7 +123,7 @@ def mix_one(params: optax.Params, mixing: Any, axis_name: AxisName) -> optax.Par
             everyone = jax.lax.all_gather(own, axis_name)
             return jnp.einsum("b,b...->...", row, everyone, precision="highest").astype(x.dtype)
         if mixing == "full":
-            return jax.lax.pmean(own, axis_name).astype(x.dtype)
+            return mean_over(own, axis_name).astype(x.dtype)
         received = [
             jax.lax.ppermute(own, axis_name, [(int(b), a) for a, b in enumerate(permutation)])
             for permutation in neighbours(mixing, number)[1:]
@@ -168,6 +175,7 @@ def gossip(
     if isinstance(mixing, str):
         checks.check_choice("mixing", mixing, TOPOLOGIES)
     elif not isinstance(mixing, jax.core.Tracer):
+        mixing = mixing if isinstance(mixing, jax.Array) else np.asarray(mixing)
         _check_matrix(np.asarray(mixing))
     optimizer, axes = checks.as_transformation("optimizer", optimizer), own_axis(axis_name)
 

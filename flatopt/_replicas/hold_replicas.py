@@ -85,7 +85,7 @@ def hold_replicas(
 
     Cost: n - 1 extra gradients, n times those of `optimizer`; n - 1 copies, n of its state.
     """
-    checks.check_count("number", number, 1)
+    checks.check_count("number", number, 1, none_allowed=False)
     checks.check_number("std", std, low=0.0, schedule_allowed=False)
     rng.check_key(key)
     checks.check_choice("evaluation", evaluation, EVALUATIONS)

@@ -31,17 +31,29 @@ def on_means(function: Callable[..., jax.Array], tree: Any, *others: Any) -> Any
 
 
 def mean_over(tree: Any, axis_name: AxisName) -> Any:
-    r"""The mean over the mapped replicas, in the accumulator's dtype; of counters the largest."""
+    r"""The mean over the mapped replicas, in the accumulator's dtype.
+
+    Of counters and flags it is the largest, of random keys that of the first replica.
+    """
 
     def leaf(x: jax.Array) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return _first_key(x, axis_name)
         inexact = has_mean(x)
         wide = x.astype(tree_math.accumulator_dtype(x.dtype) if x.dtype != bool else jnp.int32)
         if _must_be_gathered(x):
-            everyone = jax.lax.all_gather(wide, axis_name)
-            return jnp.mean(everyone, 0) if inexact else jnp.max(everyone, 0)
+            # Along a last axis: a new first one JAX would take for the one that is sharded.
+            everyone = jax.lax.all_gather(wide, axis_name, axis=wide.ndim)
+            return jnp.mean(everyone, -1) if inexact else jnp.max(everyone, -1)
         return (jax.lax.pmean if inexact else jax.lax.pmax)(wide, axis_name)
 
     return tree if axis_name == () else jax.tree.map(leaf, tree)
+
+
+def _first_key(key: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The key of the first replica."""
+    everyone = jax.lax.all_gather(jax.random.key_data(key), axis_name)
+    return jax.random.wrap_key_data(everyone[0], impl=jax.random.key_impl(key))
 
 
 def _must_be_gathered(x: jax.Array) -> bool:
@@ -66,7 +78,7 @@ def barycentre(params: optax.Params, axis_name: AxisName | None = None) -> optax
 
     Returns:
       A tree without the replica axis, in the same dtypes. Integer and bool leaves, such as
-      counters, have no mean: they are the largest.
+      counters, have no mean: they are the largest; random keys are those of the first replica.
 
     Examples:
       >>> import jax.numpy as jnp, flatopt
@@ -82,8 +94,8 @@ def barycentre(params: optax.Params, axis_name: AxisName | None = None) -> optax
     """
     if axis_name is None:
         one = lambda replica: barycentre(replica, LEADING_AXIS)  # noqa: E731
-        return jax.vmap(one, out_axes=None, axis_name=LEADING_AXIS)(params)
-    return optax.tree.cast_like(mean_over(params, axis_name), params)
+        return _vmap(one, params, out_axes=None)(params)
+    return jax.tree.map(tree_math.as_dtype_of, mean_over(params, axis_name), params)
 
 
 def kick(params: optax.Params, std: jax.typing.ArrayLike, noise: Any) -> optax.Params:
@@ -125,7 +137,7 @@ def replicate_params(
 
     Cost: 0 extra gradients; `number` copies.
     """
-    checks.check_count("number", number, 1)
+    checks.check_count("number", number, 1, none_allowed=False)
     checks.check_number("std", std, low=0.0, schedule_allowed=False)
     keys = jax.random.split(rng.as_key(key), number)[1:]
 
@@ -164,10 +176,16 @@ def for_each(function: Callable[..., Any], axis_name: AxisName | None) -> Callab
     def mapped(*trees: Any, **shared: Any) -> Any:
         one = functools.partial(function, **shared)
         axis = _mesh_axis(trees)
-        result = jax.vmap(one, axis_name=LEADING_AXIS)(*(_lay_along(axis, tree) for tree in trees))
+        result = _vmap(one, trees)(*(_lay_along(axis, tree) for tree in trees))
         return _lay_along(axis, result)
 
     return mapped
+
+
+def _vmap(function: Callable[..., Any], trees: Any, **kwargs: Any) -> Callable[..., Any]:
+    """`function` over the leading axis of `trees`; without a leaf they are one replica."""
+    size = None if jax.tree.leaves(trees) else 1
+    return jax.vmap(function, axis_name=LEADING_AXIS, axis_size=size, **kwargs)
 
 
 def along_replicas(

@@ -90,10 +90,10 @@ def strength_schedule(
     Cost: 0 extra gradients; 0 copies.
     """
     checks.check_choice("kind", kind, KINDS)
-    checks.check_count("steps", steps, 1)
+    checks.check_count("steps", steps, 1, none_allowed=False)
     checks.check_count("every", every, 1)
-    checks.check_number("init_value", init_value, low=0.0)
-    checks.check_number("end_value", end_value, low=float(init_value))
+    checks.check_number("init_value", init_value, low=0.0, schedule_allowed=False)
+    checks.check_number("end_value", end_value, low=float(init_value), schedule_allowed=False)
     if kind == "exponential" and init_value == 0:
         raise ValueError("init_value=0 cannot grow exponentially: it must be above 0.")
     period = every or 1

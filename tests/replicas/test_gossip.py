@@ -149,3 +149,11 @@ def test_mixing_one_by_one_is_the_product_with_the_matrix(topology: str):
     one = lambda w: mix_one(w, topology, "replicas")  # noqa: E731
     np.testing.assert_allclose(mix_all(params, topology), expected, rtol=1e-5)
     np.testing.assert_allclose(jax.vmap(one, axis_name="replicas")(params), expected, rtol=1e-5)
+
+
+def test_a_matrix_of_lists_is_one_of_numpy():
+    params, matrix = jnp.array([[1.0], [4.0]]), [[0.75, 0.25], [0.25, 0.75]]
+    run = lambda tx: tx.update(params, tx.init(params), params)[0]  # noqa: E731
+    cases.assert_equal(
+        run(flatopt.gossip(_sgd(), matrix)), run(flatopt.gossip(_sgd(), np.array(matrix)))
+    )

@@ -249,3 +249,90 @@ def test_a_schedule_of_the_noise_is_refused():
     for make in (flatopt.replicate_params, lambda p, n, std: flatopt.hold_replicas(p, n, std=std)):
         with pytest.raises(TypeError, match="A schedule is not taken here"):
             make(optax.sgd(0.1), 2, std=schedule)
+
+
+@pytest.mark.parametrize("inner", ["couple_every", "couple_automatic", "parle", "gossip_full"])
+def test_held_replicas_of_explicitly_sharded_parameters(inner: str):
+    """The mapped axis is not that of the mesh, and the mean of it not sharded."""
+    make = {
+        "couple_every": lambda: flatopt.couple_replicas(0.5, every=2, axis_name="replicas"),
+        "couple_automatic": lambda: flatopt.couple_replicas(0.5, automatic=1, axis_name="replicas"),
+        "parle": lambda: flatopt.parle(0.1, 0.1, 0.5, every=2, axis_name="replicas"),
+        "gossip_full": lambda: flatopt.gossip(optax.sgd(0.1), "full", axis_name="replicas"),
+    }[inner]
+    held = flatopt.hold_replicas(make(), 3, std=0.1)
+    update = functools.partial(held.update, grad_fn=lambda p, i: p)
+    tx = optax.GradientTransformationExtraArgs(held.init, update)
+    start = {"kernel": jnp.arange(8.0).reshape(4, 2), "scale": jnp.array(2.0)}
+    expected, _, _ = _run(tx, start)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        specs = {"kernel": P("data", "model"), "scale": P()}
+        place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
+        params, state, _ = _run(tx, jax.tree.map(place, start, specs))
+        flatopt.eval_params(state, params)
+    cases.assert_close(params, expected)
+    assert state.others["kernel"].sharding.spec == P(None, "data", "model")
+
+
+@pytest.mark.parametrize("name", ["couple_every", "couple_automatic", "parle", "gossip_full"])
+def test_one_replica_a_device_with_checked_replication(name: str):
+    """`jax.shard_map` follows what differs between devices, and a loop must keep to it."""
+    make = {
+        "couple_every": lambda axis: flatopt.couple_replicas(0.5, every=2, axis_name=axis),
+        "couple_automatic": lambda axis: flatopt.couple_replicas(0.5, automatic=1, axis_name=axis),
+        "parle": lambda axis: flatopt.parle(0.1, 0.1, 0.5, every=2, axis_name=axis),
+        "gossip_full": lambda axis: flatopt.gossip(optax.sgd(0.1), "full", axis_name=axis),
+    }[name]
+    start = {"w": jax.random.normal(jax.random.key(0), (8, 3))}
+    mesh = jax.make_mesh((8,), ("replicas",), axis_types=(AxisType.Auto,))
+    tx = make("replicas")
+
+    def mapped(function):
+        def one(*trees):
+            result = function(*jax.tree.map(lambda x: x[0], trees))
+            return jax.tree.map(lambda x: x[None], result)
+
+        return jax.jit(
+            jax.shard_map(one, mesh=mesh, in_specs=P("replicas"), out_specs=P("replicas"))
+        )
+
+    update = lambda u, s, p: tx.update(u, s, p, value=jnp.ones([]))  # noqa: E731
+    params, state, step = start, mapped(tx.init)(start), mapped(update)
+    for _ in range(3):
+        updates, state = step(params, state, params)
+        params = optax.apply_updates(params, jax.tree.map(lambda u: u / 8, updates))
+    cases.assert_close(params, _run(make(None), start)[0])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_empty_tree_of_replicas(name: str):
+    tx = METHODS[name]()
+    params, state, _ = _run(tx, {})
+    assert params == {}
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init({}))
+
+
+def test_the_centre_of_nothing_and_of_random_keys():
+    assert flatopt.barycentre({}) == {}
+    replicas = {"w": jnp.array([1.0, 3.0]), "key": jax.random.split(jax.random.key(0, impl="rbg"))}
+    centre = flatopt.barycentre(replicas)
+    assert centre["w"] == 2.0
+    assert centre["key"] == replicas["key"][0]
+    stage = flatopt.couple_replicas(0.5)
+    updates, _ = stage.update(replicas, stage.init(replicas), replicas)
+    assert (updates["key"] == replicas["key"]).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: flatopt.replicate_params(jnp.zeros(2), None),
+        lambda: flatopt.hold_replicas(optax.sgd(0.1), None),
+        lambda: flatopt.mixing_matrix("ring", None),
+        lambda: flatopt.strength_schedule("linear", 1.0, 2.0, None),
+    ],
+)
+def test_a_number_that_is_missing_is_refused_by_name(make):
+    with pytest.raises(TypeError, match=r"(number|steps)=None must be a Python int"):
+        make()

@@ -113,3 +113,9 @@ def test_strength_schedule(kind: str):
 def test_unfit_strength_schedule(arguments, words: str):
     with pytest.raises(ValueError, match=words):
         flatopt.strength_schedule(*arguments)
+
+
+@pytest.mark.parametrize("values", [(optax.constant_schedule(1.0), 2.0), (1.0, lambda step: 2.0)])
+def test_a_schedule_of_the_ends_of_a_schedule_is_refused(values):
+    with pytest.raises(TypeError, match=r"(init|end)_value=.*A schedule is not taken here"):
+        flatopt.strength_schedule("linear", *values, steps=5)
