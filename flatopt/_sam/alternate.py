@@ -80,13 +80,9 @@ def alternate(
     perturbation = checks.as_transformation("perturbation", perturbation)
 
     def init_fn(params: optax.Params) -> AlternateState:
-        return AlternateState(
-            step=jnp.zeros([], jnp.int32),
-            perturbed=jnp.zeros([], bool),
-            clean=optax.tree.zeros_like(params),
-            perturbation_state=perturbation.init(params),
-            inner_state=optimizer.init(params),
-        )
+        step, perturbed = jnp.zeros([], jnp.int32), jnp.zeros([], bool)
+        clean, ascent = optax.tree.zeros_like(params), perturbation.init(params)
+        return AlternateState(step, perturbed, clean, ascent, optimizer.init(params))
 
     def update_fn(
         updates: optax.Updates,
