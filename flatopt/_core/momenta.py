@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from flatopt._core import means, tree_math
@@ -70,6 +71,8 @@ def find_first(state: optax.OptState, like: Any, asked_by: str) -> Any:
     traces: list[Any] = []
     searched: list[str] = []
     _collect(state, traces, searched, _types_in(like))
+    if jax.tree.leaves(like):  # What holds no array is no momentum.
+        traces = [t for t in traces if tree_math.leaves_and_masks(t)]
     whole = [t for t in traces if not any(map(tree_math.is_masked, tree_math.leaves_and_masks(t)))]
     if not traces:
         names = ", ".join(dict.fromkeys(searched)) or "an empty state"
@@ -83,7 +86,23 @@ def find_first(state: optax.OptState, like: Any, asked_by: str) -> Any:
             f"flatopt.{asked_by} found {len(traces)} momentum buffers in the state of `optimizer` "
             f"and cannot choose: {', '.join(dict.fromkeys(searched))}. Use an optimiser with one."
         )
-    return tree_math.merge_masked(traces, like)
+    found = tree_math.merge_masked(traces, like)
+    _require_shapes_of(like, found, asked_by)
+    return found
+
+
+def _require_shapes_of(like: Any, found: Any, asked_by: str) -> None:
+    """Raises unless every momentum has the shape of its leaf."""
+
+    def differs(x: Any, momentum: Any) -> bool:
+        return not tree_math.is_masked(momentum) and jnp.shape(momentum) != jnp.shape(x)
+
+    if any(jax.tree.leaves(jax.tree.map(differs, like, found))):
+        raise ValueError(
+            f"flatopt.{asked_by} found momenta of other shapes than the parameters, as of several "
+            f"replicas: {jax.tree.map(jnp.shape, found)}. Put it inside the wrapper that holds "
+            f"them, such as flatopt.replicated_sgd(flatopt.{asked_by}(...), ...)."
+        )
 
 
 def _is_momentum(name: str) -> bool:

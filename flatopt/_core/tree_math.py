@@ -114,9 +114,7 @@ def add_scaled(tree: Any, scalar: Any, other: Any) -> Any:
 
 def orthogonal(tree: Any, to: Any) -> Any:
     """The part of `tree` that is orthogonal to the tree `to`; all of it where `to` is zero."""
-    size = norm(to)
-    # A guard that small trees do not feel: their part along `to` would stay.
-    inverse_norm = ratio_or_zero(1, size + jnp.minimum(EPSILON, 1e-8 * size))
+    inverse_norm = ratio_or_zero(1, norm(to))
     # The unit vector first: the square of a small norm would fall below the guard.
     coefficient = vdot(scale(inverse_norm, to), tree) * inverse_norm
     return add_scaled(tree, -coefficient, to)

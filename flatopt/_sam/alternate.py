@@ -81,8 +81,9 @@ def alternate(
 
     def init_fn(params: optax.Params) -> AlternateState:
         step, perturbed = jnp.zeros([], jnp.int32), jnp.zeros([], bool)
-        clean, ascent = optax.tree.zeros_like(params), perturbation.init(params)
-        return AlternateState(step, perturbed, clean, ascent, optimizer.init(params))
+        clean = optax.tree.zeros_like(params)
+        states = perturbation.init(params), optimizer.init(params)
+        return AlternateState(step, perturbed, clean, *states)
 
     def update_fn(
         updates: optax.Updates,

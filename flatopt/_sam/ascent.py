@@ -186,6 +186,8 @@ def gradient_ema_direction(
         new = GradientEmaState(optax.safe_increment(state.step), mean)
         # The stage stands outside `apply_if_finite`, so it must not keep what that will reject.
         finite = jnp.isfinite(tree_math.norm(updates))
+        if any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(mean)):
+            finite &= jnp.isfinite(tree_math.norm(mean))  # Its range ends before the gradient's.
         return d, optax.tree.where(finite, new, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -95,12 +95,12 @@ def reuse_direction(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Takes the gradient at a displaced point once in a while, and reuses what it adds in between.
 
-    .. math:: p = \nabla L(w + \epsilon), v = p_{\perp c} / \|p_{\perp c}\|; \; c + \alpha \|c\| v
+    .. math:: p = \nabla L(w + \epsilon(c)), \quad \text{then} \quad c + \alpha \|c\| v
 
     Args:
-      perturbation: from a gradient c to a displacement, as for `gradient_at`.
+      perturbation: from the gradient c to a displacement, as for `gradient_at`.
       every, start: when p is taken; see `gradient_at`. Before the first v, c passes.
-      alpha: share of the reused direction, >= 0: a number, a traced array, or a schedule.
+      alpha: share of v, the part of p across c at length 1, >= 0: a number, an array, a schedule.
       layerwise: whether v and the norm of c are those of each leaf, not of the whole tree. Static.
       accumulator_dtype: dtype of v; None is that of the parameters. Static.
 

@@ -228,11 +228,9 @@ def mask_at_random(
 
         def renew(carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
             left, use = stream.split(carry[1])
-            live = round((1 - sparsity) * _size(updates))
-            dead = _size(updates) - live
-            dropped = number_to_drop(state.step, live, dead, drop_rate, decay_steps)
-            draws = rng.uniform_like(use, updates)
-            return regrow(carry[0], updates, draws, dropped, live), left
+            live, size = round((1 - sparsity) * _size(updates)), _size(updates)
+            dropped = number_to_drop(state.step, live, size - live, drop_rate, decay_steps)
+            return regrow(carry[0], updates, rng.uniform_like(use, updates), dropped, live), left
 
         due = (state.step > 0) & (state.step % every == 0)
         mask, left = tree_math.apply_if(due, renew, (state.mask, state.key))

@@ -270,3 +270,18 @@ def test_what_tunes_an_optimiser_around_it_goes_on():
     for field in ("r", "m", "v", "s", "count"):
         assert _same(getattr(renewed, field), getattr(state, field))
     assert _same(optax.tree.get(renewed, "trace"), optax.tree.zeros_like(params))
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("wrap", [lambda tx: flatopt.msam(tx, 0.1), flatopt.record_cosine])
+def test_the_momenta_of_several_replicas_are_refused(wrap: Any, number: int):
+    """Else the parameters would take another shape, without an error."""
+    tx = wrap(flatopt.replicated_sgd(cases.sgd(), number, 0.5))
+    with pytest.raises(ValueError, match="found momenta of other shapes than the parameters"):
+        tx.init(cases.init_params())
+
+
+def test_what_holds_no_array_is_no_momentum():
+    tx = flatopt.msam(flatopt.entropy_sgd(0.1, 2, 0.01, form="lua"), 0.1)
+    with pytest.raises(ValueError, match="found no momentum in the state"):
+        tx.init(cases.init_params())

@@ -119,3 +119,11 @@ def test_norms_on_a_mesh_gather_no_leaf():
     text = jax.jit(tree_math.norm).lower(leaves).compile().as_text()
     assert "all-gather" not in text
     assert "all-reduce" in text
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e25])
+def test_the_orthogonal_part_is_so_at_every_size(size: float):
+    to, tree = jnp.array([3.0, 4.0]) * size, jnp.array([1.0, 1.0]) * size
+    found = tree_math.orthogonal(tree, to=to) / size
+    np.testing.assert_allclose(found, [0.16, -0.12], rtol=1e-4)
+    np.testing.assert_array_equal(tree_math.orthogonal(tree, to=jnp.zeros(2)), tree)

@@ -1,5 +1,7 @@
 """Friendly-SAM."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -37,6 +39,20 @@ def test_what_is_not_finite_shows_and_is_forgotten(bad):
     assert not jnp.isfinite(updates).all()
     ema = optax.tree.get(after, "ema")
     np.testing.assert_array_equal(ema, optax.tree.get(state, "ema"))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [functools.partial(flatopt.subtract_gradient_ema, 1.0), flatopt.smooth_gradient],
+    ids=["subtract_gradient_ema", "smooth_gradient"],
+)
+def test_a_mean_in_half_precision_does_not_overflow_for_good(make):
+    direction = make(decay=0.5, accumulator_dtype=jnp.float16)
+    state = direction.init(jnp.zeros(2))
+    for size in (1.0, 1e6, 1.0):
+        _, state = direction.update(jnp.full(2, size), state)
+    assert jnp.isfinite(state.ema).all()
+    assert state.step == 2
 
 
 @replays("fsam")
