@@ -41,8 +41,7 @@ def rwp(
       [1. 1. 1.]
 
     References:
-      Li et al. Revisiting Random Weight Perturbation for Efficiently Improving Generalization.
-      arXiv:2404.00357
+      Li et al. Revisiting Random Weight Perturbation. arXiv:2404.00357
 
     Cost: 1 extra gradient; 0 copies (+2 temporary).
     """

@@ -1,4 +1,4 @@
-"""SAM's gradients from one graph: the model is traced and compiled once, not once a point."""
+"""SAM (Foret et al., arXiv:2010.01412) from one graph: the model is traced and compiled once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,8 +42,7 @@ def sam_value_and_grad(
       12.5 [3.3 4.4]
 
     References:
-      Foret, Kleiner, Mobahi, Neyshabur. Sharpness-Aware Minimization for Efficiently Improving
-      Generalization. arXiv:2010.01412
+      Foret et al. Sharpness-Aware Minimization. arXiv:2010.01412
 
     Cost: `1 + num_steps` gradients in one loop; 0 copies (+2 temporary).
     """
