@@ -21,7 +21,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["pure"],
-    meta_fields=["wrt", "has_aux"],
+    meta_fields=["wrt", "has_aux", "held"],
 )
 @dataclasses.dataclass(frozen=True)
 class GradFn:
@@ -34,11 +34,13 @@ class GradFn:
       pure: the gradient as a function of the parameters alone. Traced.
       wrt: which variables are parameters. Static.
       has_aux: whether the loss returns `(loss, aux)`. Static.
+      held: name and object of every other nnx object that the loss is given. Static.
     """
 
     pure: _grad_fn.GradFn
     wrt: Any = nnx.Param
     has_aux: bool = False
+    held: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, params: optax.Params, i: jax.typing.ArrayLike = 0) -> optax.Updates:
         """Returns the gradient at `params`; no module changes, `i` is ignored."""
@@ -50,8 +52,10 @@ class GradFn:
         The clean pass of the training loop, in the place of `nnx.value_and_grad(loss_fn)(model,
         ...)`, and like it the one that moves `model`'s statistics and random state on.
         """
-        (loss, (aux, rest)), grads = self.pure.value_and_grad(nnx.state(model, self.wrt))
+        (loss, (aux, (rest, left))), grads = self.pure.value_and_grad(nnx.state(model, self.wrt))
         nnx.update(model, rest)
+        for name, own in self.held:
+            nnx.update(own, left[name])
         return ((loss, aux) if self.has_aux else loss), grads
 
 
@@ -62,6 +66,7 @@ def make_grad_fn(
     wrt: Any = nnx.Param,
     has_aux: bool = False,
     microbatches: int | None = None,
+    weights: jax.Array | None = None,
     **kwargs: Any,
 ) -> GradFn:
     r"""Makes the `grad_fn` of one training step of a module. Call it before the forward pass.
@@ -77,10 +82,11 @@ def make_grad_fn(
         `nnx.value_and_grad`. It is part of the compiled program: pass the same function object at
         every step.
       model: the module, before the clean pass of this step. It is not changed.
-      *args: the batch: pytrees of arrays, with a common leading axis if `microbatches` is given.
+      *args: the batch: pytrees of arrays, with a common leading axis if `microbatches` is given; or
+        other nnx objects, such as `nnx.Rngs` or a second module: split and moved on as the model.
       wrt: filter of the variables that are trained; the same as for `nnx.Optimizer`. Static.
       has_aux: whether `loss_fn` returns `(loss, aux)`. Static.
-      microbatches: number of equal parts of the batch; see `flatopt.make_grad_fn`. Each part starts
+      microbatches, weights: parts of the batch; see `flatopt.make_grad_fn`. Each part starts
         from the same random state; floating-point statistics are averaged over the parts. Static.
       **kwargs: keyword arguments of the loss, given whole to each microbatch.
 
@@ -116,15 +122,21 @@ def make_grad_fn(
       after `make_grad_fn`: the other way round, the two passes have different dropout masks.
     """
     graphdef, _, rest = _split(model, wrt)
+    named = {str(i): arg for i, arg in enumerate(args)} | kwargs
+    held = tuple((name, arg) for name, arg in named.items() if isinstance(arg, nnx.Pytree))
+    graphdefs, states = {}, {}
+    for name, own in held:
+        graphdefs[name], states[name], _ = _split(own, ...)
     pure = _grad_fn.make_grad_fn(
-        _PureLoss(loss_fn, graphdef, wrt, has_aux),
-        *args,
+        _PureLoss(loss_fn, graphdef, wrt, has_aux, tuple(graphdefs.items())),
+        *(arg for i, arg in enumerate(args) if str(i) not in graphdefs),
         has_aux=True,
         microbatches=microbatches,
-        rest=rest,
-        kwargs=kwargs,
+        weights=weights,
+        rest=(rest, states),
+        kwargs={name: arg for name, arg in kwargs.items() if name not in graphdefs},
     )
-    return GradFn(pure, wrt, has_aux)
+    return GradFn(pure, wrt, has_aux, held)
 
 
 def apply_eval_params(optimizer: nnx.Optimizer, model: Model) -> Model:
@@ -262,24 +274,33 @@ def _ready_to_measure(model: Model) -> tuple[Model, set[Any]]:
 class _PureLoss:
     """The loss as a function of parameters; equal for equal modules, so that programs are shared.
 
-    Returns `(loss, (aux, rest))`, with the rest of the module as the forward pass left it.
+    Returns `(loss, (aux, rest))`, with the rest of the module, and the states of the other nnx
+    objects, as the forward pass left them.
     """
 
     loss_fn: Callable[..., Any]
     graphdef: Any
     wrt: Any
     has_aux: bool
+    held: tuple[tuple[str, Any], ...]
 
     def __call__(self, params: Any, *args: Any, rest: Any, kwargs: dict[str, Any]) -> Any:
-        # Variables of its own: those of the caller's module belong to an outer trace.
-        model = nnx.merge(self.graphdef, params, rest)
-        out = self.loss_fn(model, *args, **kwargs)
+        # Variables of its own: those of the caller's objects belong to an outer trace.
+        own_rest, states = rest
+        model = nnx.merge(self.graphdef, params, own_rest)
+        held = {name: nnx.merge(graphdef, states[name]) for name, graphdef in self.held}
+        positional = list(args)
+        for name in (name for name in held if name.isdigit()):  # In ascending order.
+            positional.insert(int(name), held[name])
+        named = {name: own for name, own in held.items() if not name.isdigit()}
+        out = self.loss_fn(model, *positional, **kwargs, **named)
         loss, aux = out if self.has_aux else (out, None)
-        return loss, (aux, _split(model, self.wrt)[2])
+        left = {name: _split(own, ...)[1] for name, own in held.items()}
+        return loss, (aux, (_split(model, self.wrt)[2], left))
 
 
-def _split(model: nnx.Module, wrt: Any) -> tuple[Any, Any, Any]:
-    """The module's structure, its parameters and the rest, as arrays."""
+def _split(model: Any, wrt: Any) -> tuple[Any, Any, Any]:
+    """The structure of an nnx object, its variables of the kind `wrt`, and the rest, as arrays."""
     graphdef, *states = nnx.split(model, wrt, ...)
     params, rest = map(_values, states)
     return graphdef, params, rest

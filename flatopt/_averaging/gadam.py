@@ -124,7 +124,7 @@ def gadamx(
 
     Cost: 0 extra gradients; 4 copies, the step's three among them.
     """
-    checks.check_number("partial", partial, low=0.0, high=0.5)
+    checks.check_number("partial", partial, low=0.0, high=0.5, schedule_allowed=False)
     _check(b1=b1, b2=b2, eps=eps)
     step = scale_by_padam(b1=b1, b2=b2, eps=eps, partial=partial)
     mean = swa(start=start, every=every, accumulator_dtype=accumulator_dtype)
@@ -150,9 +150,11 @@ def scale_by_padam(
 
 
 def _check(*, b1: float, b2: float, eps: float) -> None:
-    checks.check_number("b1", b1, low=0.0, high=1.0, high_allowed=False)
-    checks.check_number("b2", b2, low=0.0, high=1.0, high_allowed=False)
-    checks.check_number("eps", eps, low=0.0)
+    for name, decay in (("b1", b1), ("b2", b2)):
+        checks.check_number(
+            name, decay, low=0.0, high=1.0, high_allowed=False, schedule_allowed=False
+        )
+    checks.check_number("eps", eps, low=0.0, schedule_allowed=False)
 
 
 def _averaged(

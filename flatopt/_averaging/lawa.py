@@ -1,5 +1,6 @@
 """LAWA (Kaddour, arXiv:2209.14981): the mean of the latest few models."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -87,4 +88,5 @@ def lawa(
             ring=_ring.empty(params, window, accumulator_dtype),
         )
 
-    return stage.observer("lawa", init_fn, _ring.collect, Every.after_update(start, every))
+    collect = functools.partial(_ring.collect, "lawa", "window", window)
+    return stage.observer("lawa", init_fn, collect, Every.after_update(start, every))

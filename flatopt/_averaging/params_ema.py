@@ -11,20 +11,21 @@ from flatopt._core import checks
 from flatopt._core.timing import value_at
 
 
-def warmed_up(decay: jax.Array, number: jax.Array, warmup_steps: int) -> jax.Array:
-    r""":math:`\min(d, (1 + n) / (k + n))` after n models, with k = `warmup_steps`."""
-    return jnp.minimum(decay, (1 + number) / (warmup_steps + number))
+# In terms of c = 1 - d: a decay d within 1e-7 of 1 would be rounded to 1 in float32.
+def warmed_up(c: jax.Array, number: jax.Array, warmup_steps: int) -> jax.Array:
+    r""":math:`d = \min(d, (1 + n) / (k + n))` after n models, with k = `warmup_steps`."""
+    return jnp.maximum(c, (warmup_steps - 1) / (warmup_steps + number))
 
 
-def debiased_share(decay: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+def debiased_share(c: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
     r"""The weights' sum :math:`s \leftarrow d s + 1 - d`, and the new model's share of it."""
-    total = decay * total + (1 - decay)
-    return total, (1 - decay) / total
+    total = total + c * (1 - total)
+    return total, c / total
 
 
-def share_after_first(decay: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+def share_after_first(c: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
     r"""The share :math:`1 - d`; that of the first model is 1."""
-    return jnp.ones_like(total), jnp.where(total > 0, 1 - decay, 1)
+    return jnp.ones_like(total), jnp.where(total > 0, c, 1)
 
 
 def params_ema(
@@ -69,10 +70,10 @@ def params_ema(
     def weighting(
         total: jax.Array, number: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        d = jnp.asarray(value_at(decay, step), total.dtype)
+        c = jnp.asarray(1 - value_at(decay, step), total.dtype)
         if warmup_steps is not None:
-            d = warmed_up(d, number, warmup_steps)
-        return share(d, total)
+            c = warmed_up(c, number, warmup_steps)
+        return share(c, total)
 
     return running_mean(
         "params_ema", weighting, start=start, every=every, accumulator_dtype=accumulator_dtype

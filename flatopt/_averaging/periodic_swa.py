@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from flatopt._core import checks, means, momenta
@@ -43,9 +44,9 @@ def take_in(mean: optax.Params, params: optax.Params, number: jax.Array) -> opta
 
 def ends_period(step: jax.Array, begin: int, period: int | Sequence[int]) -> jax.Array:
     """Whether a period ends with `step` updates made, where the first began with `begin`."""
-    if isinstance(period, int) and period <= LAST:
-        return (step - begin % period) % period == 0
-    lengths = [period] if isinstance(period, int) else period
+    lengths = [int(length) for length in _lengths(period)]
+    if np.ndim(period) == 0 and lengths[0] <= LAST:
+        return (step - begin % lengths[0]) % lengths[0] == 0
     ends = [begin + end for end in itertools.accumulate(lengths) if begin + end <= LAST]
     return jnp.isin(step, jnp.array(ends, jnp.int32))
 
@@ -118,8 +119,18 @@ def periodic_swa(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _lengths(period: Any) -> list[Any]:
+    """The lengths that are named: a single one, or those of a sequence."""
+    is_sequence = isinstance(period, Sequence) or (
+        isinstance(period, np.ndarray) and period.ndim == 1
+    )
+    if not is_sequence and period is None:
+        raise TypeError("period=None must be a number of updates, or a sequence of such numbers.")
+    return list(period) if is_sequence else [period]
+
+
 def _check_periods(period: int | Sequence[int], every: int) -> None:
-    lengths = [period] if isinstance(period, int) else list(period)
+    lengths = _lengths(period)
     for length in lengths:
         checks.check_count("period", length, 1)
         if length % every:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flatopt._core import means
+
 
 def empty(params: optax.Params, size: int, dtype: Any = None) -> optax.Params:
     """Zeros: `size` trees like `params`, each leaf stacked along a new first axis.
@@ -14,8 +16,10 @@ def empty(params: optax.Params, size: int, dtype: Any = None) -> optax.Params:
     """
 
     def leaf(param: Any) -> jax.Array:
-        inexact = jnp.issubdtype(jnp.result_type(param), jnp.inexact)
-        return jnp.stack([jnp.zeros_like(param, dtype if inexact else None)] * size)
+        own = jnp.result_type(param)
+        narrowed = dtype is not None and jnp.issubdtype(own, jnp.inexact)
+        kept = means.with_complex(dtype, own) if narrowed else None
+        return jnp.stack([jnp.zeros_like(param, kept)] * size)
 
     return jax.tree.map(leaf, params)
 
@@ -29,7 +33,7 @@ def push(ring: Any, tree: Any, number: jax.Array) -> Any:
     """Puts `tree` in, over the oldest one if the ring is full; `number` were put in before."""
 
     def leaf(stack: jax.Array, x: jax.Array) -> jax.Array:
-        x = x.astype(stack.dtype)
+        x = x if x.dtype == stack.dtype else x.astype(stack.dtype)
         return jax.lax.dynamic_update_index_in_dim(stack, x, number % stack.shape[0], axis=0)
 
     return jax.tree.map(leaf, ring, tree)
@@ -52,8 +56,22 @@ def weights(number: jax.Array, length: int) -> jax.Array:
     return (jnp.arange(length) < filled) * (1.0 / jnp.maximum(filled, 1))
 
 
-def collect(state: Any, params: optax.Params) -> Any:
-    """`state`, which has the fields `ring` and `number`, with one more model in its ring."""
+def require_size(name: str, argument: str, wanted: int, ring: Any) -> None:
+    """Raises where a state was made, and then restored, for another size."""
+    found = size(ring)
+    if jax.tree.leaves(ring) and found != wanted:
+        raise ValueError(
+            f"flatopt.{name}({argument}={wanted}) was given a state that was made with "
+            f"{argument}={found}. Use {argument}={found} to go on, or start anew with `init`."
+        )
+
+
+def collect(name: str, argument: str, wanted: int, state: Any, params: optax.Params) -> Any:
+    """`state`, which has the fields `ring` and `number`, with one more model in its ring.
+
+    The factory `name` was told to keep `argument=wanted` of them.
+    """
+    require_size(name, argument, wanted, state.ring)
     return state._replace(
         number=optax.safe_increment(state.number), ring=push(state.ring, params, state.number)
     )

@@ -1,5 +1,6 @@
 """Snapshots: the latest few models along the run."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -65,7 +66,8 @@ def snapshots(
             ring=ring.empty(params, number, accumulator_dtype),
         )
 
-    return stage.observer("snapshots", init_fn, ring.collect, Every.after_update(start, every))
+    collect = functools.partial(ring.collect, "snapshots", "number", number)
+    return stage.observer("snapshots", init_fn, collect, Every.after_update(start, every))
 
 
 def snapshot_params(opt_state: optax.OptState) -> tuple[optax.Params, jax.Array]:

@@ -54,6 +54,8 @@ def spread(variance: Any, params: Any, old_mean: Any, deviations: Any, number: A
     r"""Welford's recursion: :math:`v + \big((w - \bar w_{n-1}) (w - \bar w_n) - v\big) / n`."""
 
     def leaf(v: jax.Array, w: jax.Array, old: jax.Array, d: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(w.dtype, jnp.inexact):
+            return v
         return (v + (((w - old) * d.conj()).real - v) / number).astype(v.dtype)
 
     return jax.tree.map(leaf, variance, params, old_mean, deviations)
@@ -127,14 +129,15 @@ def swag(
             step=jnp.zeros([], jnp.int32),
             number=jnp.zeros([], jnp.int32),
             mean=mean,
-            variance=jax.tree.map(lambda m: jnp.zeros_like(m, m.real.dtype), mean),
-            deviations=_ring.empty(mean, rank),
+            variance=jax.tree.map(_no_spread, mean),
+            deviations=_ring.empty(jax.tree.map(_movable, mean), rank),
         )
 
     def collect(state: SwagState, params: optax.Params) -> SwagState:
         number = optax.safe_increment(state.number)
+        _ring.require_size("swag", "rank", rank, state.deviations)
         mean = means.towards(state.mean, params, 1.0 / number)
-        deviations = optax.tree.sub(params, mean)
+        deviations = optax.tree.sub(*(jax.tree.map(_movable, tree) for tree in (params, mean)))
         return SwagState(
             step=state.step,
             number=number,
@@ -227,6 +230,16 @@ def swag_covariance(opt_state: optax.OptState) -> SwagCovariance:
         lambda d, f: d + jnp.sum(jnp.square(jnp.abs(f)), axis=0), diagonal, factors
     )
     return SwagCovariance(marginal, diagonal, factors)
+
+
+def _movable(x: jax.Array) -> jax.Array:
+    """`x`, or zero for what has no deviation: random keys, counters, flags."""
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.zeros(x.shape, jnp.int32)
+
+
+def _no_spread(mean: jax.Array) -> jax.Array:
+    x = _movable(mean)
+    return jnp.zeros_like(x, x.real.dtype)
 
 
 def _find(opt_state: optax.OptState) -> SwagState:

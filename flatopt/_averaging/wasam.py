@@ -5,6 +5,7 @@ from typing import Any
 import optax
 
 from flatopt._averaging.swa import swa
+from flatopt._core import checks
 from flatopt._sam.sam import sam
 
 
@@ -42,4 +43,4 @@ def wasam(
     Cost: 1 extra gradient; 1 copy.
     """
     mean = swa(start=start, every=every, accumulator_dtype=accumulator_dtype)
-    return optax.chain(sam(rho), optimizer, mean)
+    return optax.chain(sam(rho), checks.as_transformation("optimizer", optimizer), mean)

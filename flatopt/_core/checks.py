@@ -19,6 +19,7 @@ def check_number(
     low: float = -math.inf,
     high: float = math.inf,
     *,
+    low_allowed: bool = True,
     high_allowed: bool = True,
     schedule_allowed: bool = True,
 ) -> None:
@@ -30,7 +31,8 @@ def check_number(
     if isinstance(value, jax.core.Tracer) or (callable(value) and schedule_allowed):
         return
     bracket = "]" if high_allowed and math.isfinite(high) else ")"
-    allowed = f"a finite number in {'(' if math.isinf(low) else '['}{low:g}, {high:g}{bracket}"
+    opening = "[" if low_allowed and math.isfinite(low) else "("
+    allowed = f"a finite number in {opening}{low:g}, {high:g}{bracket}"
     allowed += ", or a schedule of the step count" if schedule_allowed else ""
     if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array):
         hint = ""
@@ -44,7 +46,8 @@ def check_number(
         raise TypeError(f"{name}={value!r} must be {allowed}, not of type {array.dtype}.")
     array = array.astype(float)
     below = array <= high if high_allowed else array < high
-    if not np.all(np.isfinite(array) & (array >= low) & below):
+    above = array >= low if low_allowed else array > low
+    if not np.all(np.isfinite(array) & above & below):
         raise ValueError(f"{name}={value!r} is out of range: it must be {allowed}.")
 
 

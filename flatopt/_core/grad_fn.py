@@ -27,7 +27,7 @@ class GradientFunction(Protocol):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["args", "kwargs"],
+    data_fields=["args", "kwargs", "weights"],
     meta_fields=["loss_fn", "has_aux", "microbatches"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ class GradFn:
       kwargs: keyword arguments of the loss. Traced.
       has_aux: whether the loss returns `(loss, aux)`. Static.
       microbatches: number of equal parts to split `args` into, or None. Static.
+      weights: of the examples in the loss, `[batch]`, or None. Traced.
     """
 
     loss_fn: Callable[..., Any]
@@ -50,6 +51,7 @@ class GradFn:
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     has_aux: bool = False
     microbatches: int | None = None
+    weights: Any = None
 
     def __call__(self, params: optax.Params, i: jax.typing.ArrayLike = 0) -> optax.Updates:
         """Returns the gradient at `params`; auxiliary output is dropped, `i` is ignored."""
@@ -67,14 +69,33 @@ class GradFn:
         if self.microbatches is None:
             return function(params, *self.args, **self.kwargs)
         mean = _mean_accumulator(self.microbatches)
+        arrays = (self.weights, *self.args)
         value_and_grad = optax.microbatching.microbatch(
-            function,
-            argnums=tuple(range(1, 1 + len(self.args))),
-            microbatch_size=_microbatch_size(self.args, self.microbatches),
+            self._share_of_the_mean(function),
+            argnums=tuple(range(1, 1 + len(arrays))),
+            microbatch_size=_microbatch_size(arrays, self.microbatches),
             accumulator=(mean, mean),
         )
-        value, grads = value_and_grad(params, *self.args, **self.kwargs)
+        value, grads = value_and_grad(params, *arrays, **self.kwargs)
         return value, optax.tree.cast_like(grads, params)
+
+    def _share_of_the_mean(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` of a microbatch, times its weight over the mean weight of a microbatch."""
+        if self.weights is None:
+            return lambda params, _, *args, **kwargs: function(params, *args, **kwargs)
+        mean_weight = jnp.sum(self.weights) / (self.microbatches or 1)
+
+        def weighted(params: Any, weights: jax.Array, *args: Any, **kwargs: Any) -> Any:
+            share = jnp.sum(weights) / mean_weight
+
+            def leaf(x: jax.Array) -> jax.Array:
+                # A part without weight has no mean, and adds nothing, not even its NaN.
+                scaled = jnp.where(share > 0, share * x, 0)
+                return scaled.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+            return jax.tree.map(leaf, function(params, *args, **kwargs))
+
+        return weighted
 
 
 def make_grad_fn(
@@ -82,6 +103,7 @@ def make_grad_fn(
     *args: Any,
     has_aux: bool = False,
     microbatches: int | None = None,
+    weights: jax.Array | None = None,
     **kwargs: Any,
 ) -> GradFn:
     r"""Makes the `grad_fn` of one training step from its loss and its data.
@@ -97,7 +119,9 @@ def make_grad_fn(
       microbatches: number of equal parts into which the leading axis of every array in `args` is
         split; the gradients are averaged in a `lax.scan`, so that memory is that of one part. For a
         loss that is a mean over the batch this is the gradient of the whole batch. Static.
-      **kwargs: keyword arguments of the loss, given whole to each microbatch: random keys, weights.
+      weights: of the examples, `[batch]`, where the loss is a weighted mean over the batch, such as
+        the numbers of tokens of a mean over tokens: each microbatch counts as the sum of its own.
+      **kwargs: keyword arguments of the loss, given whole to each microbatch: random keys.
         When the `GradFn` is passed into `jax.jit` they are traced: bind flags such as `train=True`
         inside `loss_fn` instead.
 
@@ -129,7 +153,11 @@ def make_grad_fn(
             f"loss_fn={loss_fn!r} must be callable as loss_fn(params, *args, **kwargs)."
         )
     checks.check_count("microbatches", microbatches, 1)
-    return GradFn(loss_fn, args, kwargs, has_aux, microbatches)
+    if weights is not None and jnp.ndim(weights) != 1:
+        raise ValueError(
+            f"weights of shape {jnp.shape(weights)} must be one number an example, [batch]."
+        )
+    return GradFn(loss_fn, args, kwargs, has_aux, microbatches, weights)
 
 
 def _microbatch_size(args: tuple[Any, ...], microbatches: int) -> int:

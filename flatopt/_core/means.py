@@ -52,6 +52,17 @@ def evaluated(mean: optax.Params, params: optax.Params, begun: Any = True) -> op
     return jax.tree.map(leaf, params, tree_math.merge_masked([mean], params))
 
 
+def reached(params: optax.Params, updates: optax.Updates) -> optax.Params:
+    """Where `updates` take `params`; what no number can be added to, such as keys, stays."""
+
+    def leaf(update: Any, param: Any) -> Any:
+        if update is None or jnp.issubdtype(jnp.result_type(param), jax.dtypes.extended):
+            return param
+        return optax.apply_updates(param, update)
+
+    return jax.tree.map(leaf, updates, params, is_leaf=lambda x: x is None)
+
+
 def moves(target: optax.Params, params: optax.Params, updates: optax.Updates) -> optax.Updates:
     """The updates, in the dtypes of `updates`, that take `params` to `target`."""
 
@@ -76,6 +87,12 @@ def landed(target: optax.Params, params: optax.Params, updates: optax.Updates) -
     return jax.tree.map(leaf, target, params, updates)
 
 
+def with_complex(dtype: Any, own: Any) -> Any:
+    """`dtype`, or, where `own` is complex, the complex dtype of that precision."""
+    is_complex = jnp.issubdtype(own, jnp.complexfloating)
+    return jnp.promote_types(dtype, jnp.complex64) if is_complex else dtype
+
+
 def _dtype(param: Any, dtype: Any) -> Any:
     """The dtype that a mean of `param` is kept in; None where there is no mean.
 
@@ -84,7 +101,4 @@ def _dtype(param: Any, dtype: Any) -> Any:
     own = jnp.result_type(param)
     if not jnp.issubdtype(own, jnp.inexact):
         return None
-    if dtype is None:
-        return tree_math.accumulator_dtype(own)
-    is_complex = jnp.issubdtype(own, jnp.complexfloating)
-    return jnp.promote_types(dtype, jnp.complex64) if is_complex else dtype
+    return tree_math.accumulator_dtype(own) if dtype is None else with_complex(dtype, own)

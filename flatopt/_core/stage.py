@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks
+from flatopt._core import checks, means
 from flatopt._core.timing import Every, nonnegative_at, value_at
 
 
@@ -107,7 +107,7 @@ def observer(
         step = optax.safe_increment(state.step)
 
         def take_in(state: Any) -> Any:
-            return collect(state, optax.apply_updates(params, updates))
+            return collect(state, means.reached(params, updates))
 
         state = when.run(step, take_in, state)
         return updates, state._replace(step=step)

@@ -53,7 +53,7 @@ def scale_to_norm(
     Cost: 0 extra gradients; 0 copies (+1 temporary).
     """
     checks.check_number("rho", rho, low=0.0)
-    checks.check_number("epsilon", epsilon, low=0.0, schedule_allowed=False)
+    checks.check_number("epsilon", epsilon, low=0.0, low_allowed=False, schedule_allowed=False)
     return stage.perturbation(lambda g, rho: climb_to_norm(g, rho, epsilon), rho=rho)
 
 

@@ -240,6 +240,4 @@ def esam(
 
 
 def _check_share(name: str, share: Any) -> None:
-    checks.check_number(name, share, low=0.0, high=1.0, schedule_allowed=False)
-    if checks.is_number(share, 0):
-        raise ValueError(f"{name}=0 is out of range: it must be in (0, 1].")
+    checks.check_number(name, share, low=0.0, high=1.0, low_allowed=False, schedule_allowed=False)

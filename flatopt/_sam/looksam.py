@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, stage, tree_math
+from flatopt._core import checks, means, stage, tree_math
 from flatopt._core.grad_fn import GradientFunction
 from flatopt._core.timing import Every, value_at
 from flatopt._sam.ascent import climb_to_norm, scale_to_norm
@@ -128,7 +128,7 @@ def reuse_direction(
         return jax.tree.map(function, *trees) if layerwise else function(*trees)
 
     def init_fn(params: optax.Params) -> ReuseDirectionState:
-        direction = optax.tree.zeros_like(params, dtype=accumulator_dtype)
+        direction = jax.tree.map(lambda p: _zeros(p, accumulator_dtype), params)
         return ReuseDirectionState(jnp.zeros([], jnp.int32), perturbation.init(params), direction)
 
     def update_fn(
@@ -161,6 +161,11 @@ def reuse_direction(
         return grads, ReuseDirectionState(step, ascent, direction)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _zeros(param: jax.Array, dtype: Any) -> jax.Array:
+    own = jnp.result_type(param)
+    return jnp.zeros_like(param, None if dtype is None else means.with_complex(dtype, own))
 
 
 def looksam(

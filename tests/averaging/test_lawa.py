@@ -1,5 +1,6 @@
 """LAWA: the recorded runs, and the mean of the latest."""
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -40,3 +41,18 @@ def test_lawa_is_the_mean_of_the_latest():
 def test_an_empty_window_is_refused():
     with pytest.raises(ValueError, match="window=0 is out of range"):
         flatopt.lawa(0)
+
+
+@pytest.mark.parametrize(("made", "used"), [(3, 5), (5, 3)])
+@pytest.mark.parametrize(
+    ("name", "argument"), [("lawa", "window"), ("snapshots", "number"), ("swag", "rank")]
+)
+def test_a_state_of_another_size_is_refused(name: str, argument: str, made: int, used: int):
+    """A checkpoint without shapes restores it silently; the new size would be ignored."""
+    make = getattr(flatopt, name)
+    params = jnp.zeros(2)
+    state = make(made).init(params)
+    error = rf"{name}\({argument}={used}\) was given a state that was made with {argument}={made}"
+    with pytest.raises(ValueError, match=error):
+        make(used).update(params, state, params)
+    make(made).update(params, state, params)

@@ -105,3 +105,16 @@ def test_wrong_periods_say_so():
         flatopt.periodic_swa(cases.sgd(), 5, every=2)
     with pytest.raises(ValueError, match=r"period=\[\] is empty"):
         flatopt.periodic_swa(cases.sgd(), [])
+
+
+@pytest.mark.parametrize("period", [np.int64(4), [np.int64(4)] * 3, np.array([4, 4, 4])], ids=repr)
+def test_periods_are_integers_of_any_kind(period):
+    found, _ = cases.run(flatopt.periodic_swa(cases.sgd(), period), steps=9)
+    expected, _ = cases.run(flatopt.periodic_swa(cases.sgd(), 4), steps=9)
+    cases.assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("period", [None, 4.0, "4", True, [4.0]], ids=repr)
+def test_what_is_no_period_is_refused_by_name(period):
+    with pytest.raises(TypeError, match="period="):
+        flatopt.periodic_swa(cases.sgd(), period)

@@ -191,3 +191,31 @@ def _kept_trees(state: Any) -> Any:
 
 def _floats(tree: Any) -> list[jax.Array]:
     return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [jnp.array([True, False]), jnp.array([200, 3], jnp.uint8), jax.random.key(0)],
+    ids=["bool", "uint8", "key"],
+)
+@pytest.mark.parametrize(
+    "stage",
+    [
+        flatopt.swa(),
+        flatopt.params_ema(0.9),
+        flatopt.power_ema(2.0),
+        flatopt.lawa(2),
+        flatopt.snapshots(2),
+        flatopt.swag(2),
+    ],
+    ids=["swa", "params_ema", "power_ema", "lawa", "snapshots", "swag"],
+)
+def test_what_has_no_mean_is_the_latest(stage, leaf):
+    """Flags, counters and random keys beside the weights, as in the state of a whole module."""
+    params = {"w": jnp.ones(2), "x": leaf}
+    state = stage.init(params)
+    still = None if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.zeros_like(leaf)
+    for _ in range(3):
+        _, state = stage.update({"w": jnp.ones(2), "x": still}, state, params)
+    assert (flatopt.eval_params(state, params)["x"] == leaf).all()
+    np.testing.assert_array_equal(params["w"], 1.0)

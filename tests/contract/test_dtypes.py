@@ -1,6 +1,7 @@
 """Trees of every dtype and shape: they keep their dtypes, or a TypeError says why not."""
 
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -164,3 +165,28 @@ def test_integer_leaves_are_copied_not_averaged():
     assert evaluated["steps"] == 8
     assert evaluated["steps"].dtype == params["steps"].dtype
     np.testing.assert_allclose(evaluated["mean"], [6.5])
+
+
+ACCUMULATING = [
+    case
+    for case in cases.CASES
+    if not case.variant
+    and "accumulator_dtype" in inspect.signature(getattr(flatopt, case.factory)).parameters
+]
+
+
+@pytest.mark.parametrize("case", ACCUMULATING, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_real_accumulator_keeps_the_imaginary_part(case: cases.Case, dtype: Any):
+    """What accumulates complex parameters is complex, of at least the precision asked for."""
+    params = {"w": jnp.array([1.0 + 2.0j, 3.0 - 1.0j], jnp.complex64)}
+    tx = case.build(accumulator_dtype=dtype)
+    opt_state = tx.init(params)
+    grad_fn = lambda p, i: jax.tree.map(lambda x: 0.1 * x, p)  # noqa: E731
+    for _ in range(3):
+        updates, opt_state = tx.update(grad_fn(params, 0), opt_state, params, grad_fn=grad_fn)
+        params = optax.apply_updates(params, updates)
+    kept = [x for x in jax.tree.leaves(opt_state) if x.size % 2 == 0 and x.ndim]
+    assert any(jnp.iscomplexobj(x) for x in kept)
+    found = flatopt.eval_params(opt_state, params)["w"]
+    assert (jnp.abs(found.imag) > 0.1).all()

@@ -69,3 +69,21 @@ def test_checked_gradients_cost_nothing():
         return 2 * w
 
     assert program(checks.require_grad_fn("sam", grad_fn, w)) == program(grad_fn)
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda: flatopt.scale_to_norm(0.1, epsilon=0.0), r"epsilon=0.0 .* in \(0, inf\)"),
+        (lambda: flatopt.scale_to_norm(0.1, epsilon=-1.0), r"epsilon=-1.0 .* in \(0, inf\)"),
+        (lambda: flatopt.gadam(0.1, b1=optax.constant_schedule(0.9)), "b1=.* A schedule is not"),
+        (lambda: flatopt.gadamx(0.1, partial=optax.constant_schedule(0.1)), "partial=.* schedule"),
+        (lambda: flatopt.wasam(0.1, 0.1), r"optimizer=0.1 must be an optax transformation"),
+        (lambda: flatopt.lookahead(0.1), r"optimizer=0.1 must be an optax transformation"),
+        (lambda: flatopt.gradient_at(0.05), r"perturbation=0.05 must be an optax transformation"),
+        (lambda: flatopt.msam(0.3, optax.sgd(0.1)), "is the order of the arguments right"),
+    ],
+)
+def test_arguments_that_used_to_fail_deep_are_refused_by_name(make, error: str):
+    with pytest.raises((TypeError, ValueError), match=error):
+        make()

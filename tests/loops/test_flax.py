@@ -330,3 +330,44 @@ def test_nnx_alternate_needs_no_grad_fn():
         grad_fn = flatopt.nnx.make_grad_fn(_loss, other, X, Y)
         one_call.update(other, grad_fn.value_and_grad(other)[1], grad_fn=grad_fn)
     cases.assert_close(_arrays(model), _arrays(other))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_other_nnx_objects_beside_the_model(by_name: bool):
+    """Random streams and a second network: as `nnx.value_and_grad` takes them, moved on once."""
+
+    def build():
+        model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        return model, nnx.BatchNorm(2, rngs=nnx.Rngs(1)), nnx.Rngs(2)
+
+    drop = nnx.Dropout(0.5)
+    x = jax.random.normal(jax.random.key(0), (8, 3))
+
+    def loss_fn(model, x, norm, rngs):
+        return jnp.mean(norm(drop(model(x), rngs=rngs)) ** 2 * jnp.arange(2)[None])
+
+    @nnx.jit
+    def step(model, optimizer, norm, rngs):
+        others = {"norm": norm, "rngs": rngs}
+        if by_name:
+            grad_fn = flatopt.nnx.make_grad_fn(loss_fn, model, x, **others)
+        else:
+            grad_fn = flatopt.nnx.make_grad_fn(loss_fn, model, x, *others.values())
+        loss, grads = grad_fn.value_and_grad(model)
+        again = grad_fn(nnx.state(model, nnx.Param))  # The same streams in every pass.
+        optimizer.update(model, grads, grad_fn=grad_fn)
+        return loss, grads, again
+
+    model, norm, rngs = build()
+    optimizer = nnx.Optimizer(model, optax.chain(flatopt.sam(0.05), optax.sgd(0.1)), wrt=nnx.Param)
+    other, other_norm, other_rngs = build()
+    expected_loss, expected = nnx.value_and_grad(loss_fn)(other, x, other_norm, other_rngs)
+    loss, grads, again = step(model, optimizer, norm, rngs)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    cases.assert_close(nnx.to_pure_dict(grads), nnx.to_pure_dict(expected))
+    cases.assert_close(nnx.to_pure_dict(again), nnx.to_pure_dict(expected))
+    np.testing.assert_allclose(norm.mean[...], other_norm.mean[...], rtol=1e-5)
+    assert rngs.default.count[...] == other_rngs.default.count[...] == 1
+    second, _, _ = step(model, optimizer, norm, rngs)
+    assert np.isfinite(second)
+    assert second != loss

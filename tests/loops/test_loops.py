@@ -281,3 +281,32 @@ def test_one_group_is_sam_and_more_groups_are_not():
     cases.assert_close(_group_gradients(stage, params, stage.init(params), one)[0], whole)
     many, _ = _group_gradients(stage, params, stage.init(params), _groups(batch))
     assert float(optax.tree.norm(optax.tree.sub(many, whole))) > 1e-2
+
+
+def test_microbatches_of_a_mean_over_tokens():
+    """The mean of the means is not the mean: each part counts as its tokens."""
+    mask = jnp.array([[1, 1, 1, 1.0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]])
+    y = jnp.array([[1.0, 2, 3, 4], [10, 0, 0, 0], [0, 0, 0, 0], [5, 6, 0, 0]])
+
+    def loss_fn(w, y, mask):
+        loss = jnp.sum(mask * (w - y) ** 2) / jnp.sum(mask)
+        return loss, {"mean": jnp.sum(mask * y) / jnp.sum(mask), "count": jnp.array(1)}
+
+    w, tokens = jnp.array(0.5), mask.sum(1)
+    whole = flatopt.make_grad_fn(loss_fn, y, mask, has_aux=True)
+    (loss, aux), grads = whole.value_and_grad(w)
+    for parts in (1, 2, 4):  # With four, one part has no token at all.
+        grad_fn = flatopt.make_grad_fn(
+            loss_fn, y, mask, has_aux=True, microbatches=parts, weights=tokens
+        )
+        (found, found_aux), found_grads = jax.jit(lambda g, w: g.value_and_grad(w))(grad_fn, w)
+        np.testing.assert_allclose(found_grads, grads, rtol=1e-6)
+        np.testing.assert_allclose(found, loss, rtol=1e-6)
+        np.testing.assert_allclose(found_aux["mean"], aux["mean"], rtol=1e-6)
+        assert found_aux["count"] == 1
+    plain = flatopt.make_grad_fn(loss_fn, y, mask, has_aux=True, microbatches=2)
+    assert abs(plain(w) - grads) > 0.1
+    with pytest.raises(ValueError, match="one number an example"):
+        flatopt.make_grad_fn(loss_fn, y, mask, weights=mask)
+    with pytest.raises(ValueError, match="need one of equal length"):
+        flatopt.make_grad_fn(loss_fn, y, mask, has_aux=True, microbatches=2, weights=tokens[:2])(w)
