@@ -61,6 +61,7 @@ from flatopt._sam.arwp import adaptive_filter_noise, arwp
 from flatopt._sam.asam import asam
 from flatopt._sam.ascent import mask_displacement, scale_to_adaptive_norm, scale_to_norm
 from flatopt._sam.combiners import mix_clean
+from flatopt._sam.empirical_fisher import empirical_fisher
 from flatopt._sam.esam import drop_displacement, esam, make_selective_grad_fn, select_examples
 from flatopt._sam.friendly_sam import friendly_sam, subtract_gradient_ema
 from flatopt._sam.functional_sam import functional_value_and_grad
@@ -76,7 +77,7 @@ from flatopt._sam.rwp import rwp
 from flatopt._sam.sam import sam
 from flatopt._sam.sam_on import normalisation_mask, sam_on
 from flatopt._sam.sampa import sampa
-from flatopt._sam.sparse_sam import empirical_fisher, mask_at_random, mask_by_fisher, sparse_sam
+from flatopt._sam.sparse_sam import mask_at_random, mask_by_fisher, sparse_sam
 from flatopt._sam.value_and_grad import sam_value_and_grad
 from flatopt._sam.vasso import smooth_gradient, vasso
 from flatopt._sam.wsam import wsam

@@ -10,11 +10,13 @@ ascent                   ascent steps: transformations that map a gradient to a 
                          their directions
 combiners                combiners: transformations of the perturbed gradient that also see the
                          clean one
+empirical_fisher         squared gradients of single examples, for the masks of sparse SAM
 esam                     ESAM (Du et al., arXiv:2110.03141): random weights ascend, and the
                          hardest examples descend
 friendly_sam             Friendly-SAM (Li et al., arXiv:2403.12350): the ascent follows the noise
                          of the batch
-functional_sam           functional SAM: the gradient through the network alone
+functional_sam           functional SAM (Singh et al., arXiv:2502.02407): the gradient through
+                         the network alone
 gnp                      GNP (Zhao et al., arXiv:2202.03599): a penalty on the gradient norm, by
                          two gradients mixed
 gradient_at              the stage that takes the gradient somewhere else: SAM and its family
@@ -35,7 +37,8 @@ sam                      SAM (Foret et al., arXiv:2010.01412): descend with the 
                          top of a small ascent
 sam_on                   SAM-ON (Müller et al., arXiv:2306.04226): the ascent moves the
                          normalisation layers only
-sampa                    SAMPa: the two gradients of a step do not wait for one another
+sampa                    SAMPa (Xie et al., arXiv:2410.10683): the two gradients of a step do
+                         not wait for one another
 sparse_sam               Sparse SAM (Mi et al., arXiv:2210.05177): the ascent moves the weights
                          in a mask
 value_and_grad           SAM's gradients from one graph: the model is traced and compiled once,

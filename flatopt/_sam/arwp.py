@@ -22,14 +22,14 @@ def damp(z: Any, w: Any, fisher: Any, sigma: Any, eta: Any, filter_axis: int | N
 
 
 def accumulate(fisher: Any, grads: Any, beta: Any, filter_axis: int | None) -> Any:
-    r""":math:`\beta F_f + \|g_f\|^2`; a gradient with inf or NaN does not enter."""
+    r""":math:`\beta F_f + \|g_f\|^2`; a gradient whose squares are not finite does not enter."""
 
     def leaf(f: jax.Array, g: jax.Array) -> jax.Array:
         return (beta * f + filter_squares(g, filter_axis)).astype(f.dtype)
 
-    # The stage stands outside `apply_if_finite`, so it must not keep what that will reject.
-    finite = jnp.isfinite(tree_math.norm(grads))
-    return optax.tree.where(finite, jax.tree.map(leaf, fisher, grads), fisher)
+    # The sum never forgets an inf, so it must not keep what `apply_if_finite` may reject later.
+    new = jax.tree.map(leaf, fisher, grads)
+    return optax.tree.where(jnp.isfinite(tree_math.norm(new)), new, fisher)
 
 
 class AdaptiveFilterNoiseState(NamedTuple):
@@ -68,7 +68,7 @@ def adaptive_filter_noise(
 
     Returns:
       A perturbation; needs `params`. Its gradient enters F before the displacement is made; one
-      with inf or NaN does not.
+      whose squares are not finite does not.
 
     Examples:
       >>> import jax.numpy as jnp, flatopt

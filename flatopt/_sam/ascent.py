@@ -10,9 +10,18 @@ import optax
 from flatopt._core import checks, means, stage, tree_math
 
 
+def finite_norm(tree: Any) -> jax.Array:
+    """The norm, or NaN in place of an infinite one.
+
+    Division by that would leave zeros beside the one inf, and a mask may drop that one.
+    """
+    norm = tree_math.norm(tree)
+    return jnp.where(jnp.isfinite(norm), norm, jnp.nan)
+
+
 def climb_to_norm(grads: Any, rho: Any, epsilon: float = tree_math.EPSILON) -> Any:
     r""":math:`\rho \, g / (\|g\| + \epsilon)`."""
-    return tree_math.scale(rho / (tree_math.norm(grads) + epsilon), grads)
+    return tree_math.scale(rho / (finite_norm(grads) + epsilon), grads)
 
 
 def scale_to_norm(
@@ -51,7 +60,7 @@ def scale_to_norm(
 def climb_to_adaptive_norm(grads: Any, units: Any, rho: Any) -> Any:
     r""":math:`\rho \, T^2 g / (\|T g\| + 10^{-12})` with T = `units`, a tree of arrays."""
     scaled = jax.tree.map(lambda t, g: (t * g).astype(g.dtype), units, grads)
-    factor = rho / (tree_math.norm(scaled) + tree_math.EPSILON)
+    factor = rho / (finite_norm(scaled) + tree_math.EPSILON)
     return jax.tree.map(lambda t, g: (factor * t * g).astype(g.dtype), units, scaled)
 
 

@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._core import checks, stage, tree_math
+from flatopt._sam.ascent import finite_norm
 from flatopt._sam.gradient_at import ascent_stage
 
 
 def climb_to_loss_rise(grads: Any, budget: Any, max_rho: Any) -> Any:
     r""":math:`\min(\sigma / \|g\|, \rho_{max}) \, g / \|g\|`, with sigma = `budget`."""
-    norm = tree_math.norm(grads) + tree_math.EPSILON
+    norm = finite_norm(grads) + tree_math.EPSILON
     return tree_math.scale(jnp.minimum(budget / norm, max_rho) / norm, grads)
 
 

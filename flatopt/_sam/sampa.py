@@ -41,6 +41,12 @@ def both_gradients(
     )
 
 
+def keep_finite(latest: Any, old: Any) -> Any:
+    """`latest` in the dtypes of `old`: an overflow must not spoil the points of the next step."""
+    finite = jnp.isfinite(tree_math.norm(latest))
+    return optax.tree.where(finite, optax.tree.cast_like(latest, old), old)
+
+
 class SampaState(NamedTuple):
     """State of `sampa`.
 
@@ -119,10 +125,6 @@ def sampa(
         grads = combiners.mix(latest, perturbed, value_at(mix, state.step))
         grads = optax.tree.cast_like(grads, updates)
         moves, inner = optimizer.update(grads, state.inner_state, params, **extra_args)
-        # An overflow must not spoil the points of the next step.
-        finite = jnp.isfinite(tree_math.norm(latest))
-        latest = optax.tree.cast_like(latest, state.gradient)
-        latest = optax.tree.where(finite, latest, state.gradient)
-        return moves, SampaState(step, inner, latest)
+        return moves, SampaState(step, inner, keep_finite(latest, state.gradient))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

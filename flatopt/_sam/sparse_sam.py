@@ -1,6 +1,5 @@
 """Sparse SAM (Mi et al., arXiv:2210.05177): the ascent moves the weights in a mask."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -136,22 +135,20 @@ def mask_by_fisher(
         fisher: Any = None,
         **kwargs: Any,
     ) -> tuple[optax.Updates, FisherMaskState]:
-        displacement, inner = perturbation.update(
-            updates, state.perturbation_state, params, **kwargs
-        )
+        moves, inner = perturbation.update(updates, state.perturbation_state, params, **kwargs)
         if fisher is None:
             finite = jnp.isfinite(tree_math.norm(updates))
             squares = add_squares(state.fisher, updates)
             fisher = optax.tree.where(finite, squares, state.fisher)
 
         def renew(carry: tuple[Any, Any]) -> tuple[Any, Any]:
-            number = round((1 - sparsity) * _size(carry[1]))
+            number = round((1 - sparsity) * optax.tree.size(carry[1]))
             return quantile.largest_in_tree(carry[1], number), optax.tree.zeros_like(carry[1])
 
         carry = (state.mask, optax.tree.cast_like(fisher, state.fisher))
         mask, fisher = tree_math.apply_if(state.step % every == 0, renew, carry)
         step = optax.safe_increment(state.step)
-        return _apply(mask, displacement), FisherMaskState(step, mask, fisher, inner)
+        return _apply(mask, moves), FisherMaskState(step, mask, fisher, inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -215,27 +212,25 @@ def mask_at_random(
 
     def init_fn(params: optax.Params) -> RandomMaskState:
         left, use = stream.split(stream.init())
-        live = round((1 - sparsity) * _size(params))
+        live = round((1 - sparsity) * optax.tree.size(params))
         mask = quantile.largest_in_tree(rng.uniform_like(use, params), live)
         return RandomMaskState(jnp.zeros([], jnp.int32), left, mask, perturbation.init(params))
 
     def update_fn(
         updates: Any, state: RandomMaskState, params: Any = None, **kwargs: Any
     ) -> tuple[optax.Updates, RandomMaskState]:
-        displacement, inner = perturbation.update(
-            updates, state.perturbation_state, params, **kwargs
-        )
+        moves, inner = perturbation.update(updates, state.perturbation_state, params, **kwargs)
 
         def renew(carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
             left, use = stream.split(carry[1])
-            live, size = round((1 - sparsity) * _size(updates)), _size(updates)
+            live, size = round((1 - sparsity) * optax.tree.size(updates)), optax.tree.size(updates)
             dropped = number_to_drop(state.step, live, size - live, drop_rate, decay_steps)
             return regrow(carry[0], updates, rng.uniform_like(use, updates), dropped, live), left
 
         due = (state.step > 0) & (state.step % every == 0)
         mask, left = tree_math.apply_if(due, renew, (state.mask, state.key))
         step = optax.safe_increment(state.step)
-        return _apply(mask, displacement), RandomMaskState(step, left, mask, inner)
+        return _apply(mask, moves), RandomMaskState(step, left, mask, inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -249,44 +244,3 @@ def _check(sparsity: float, every: int) -> None:
 
 def _apply(mask: Any, displacement: optax.Updates) -> optax.Updates:
     return jax.tree.map(lambda m, d: jnp.where(m, d, jnp.zeros_like(d)), mask, displacement)
-
-
-def _size(tree: Any) -> int:
-    return sum(x.size for x in jax.tree.leaves(tree))
-
-
-def empirical_fisher(
-    loss_fn: Callable[..., jax.Array], params: optax.Params, *args: Any
-) -> optax.Updates:
-    r"""Sum over the examples of their squared gradients, for `mask_by_fisher`.
-
-    .. math:: F = \sum_n (\nabla_w \, L(w, x_n))^2
-
-    Args:
-      loss_fn: scalar loss of a batch, called as `loss_fn(params, *args)` with batches of one.
-      params: the parameters.
-      *args: pytrees of arrays with a common leading axis, that of the examples; at least one.
-
-    Returns:
-      A tree like `params`, in float32 at least.
-
-    Examples:
-      >>> import jax.numpy as jnp, flatopt
-      >>> x = jnp.array([1.0, 2.0])
-      >>> print(flatopt.empirical_fisher(lambda w, x: jnp.mean(w * x), jnp.array(1.0), x))
-      5.0
-
-    References:
-      Mi et al. Make Sharpness-Aware Minimization Stronger. arXiv:2210.05177
-
-    Cost: 1 gradient an example, one after the other; 1 copy.
-    """
-    if not jax.tree.leaves(args):
-        raise ValueError("args is empty: pass the batch, whose leading axis numbers the examples.")
-
-    def add(total: Any, example: Any) -> tuple[Any, None]:
-        batch = jax.tree.map(lambda x: x[None], example)
-        return add_squares(total, jax.grad(loss_fn)(params, *batch)), None
-
-    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, tree_math.scalar_dtype(p)), params)
-    return jax.lax.scan(add, zeros, args)[0]

@@ -1,4 +1,4 @@
-"""SAM's gradients from one graph: the model is traced and compiled once, not once a point."""
+"""SAM (Foret et al., arXiv:2010.01412) from one graph: the model is traced and compiled once."""
 
 from collections.abc import Callable
 from typing import Any

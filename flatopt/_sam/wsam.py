@@ -83,11 +83,7 @@ def wsam(
 
     Cost: 1 extra gradient; 0 copies (+2 temporary).
     """
-    checks.check_number("learning_rate", learning_rate)
-    checks.check_number("rho", rho, low=0.0)
-    checks.check_number("gamma", gamma, low=0.0, high=1.0, high_allowed=False)
-    if max_norm is not None:
-        checks.check_number("max_norm", max_norm, low=0.0, schedule_allowed=False)
+    _check(learning_rate, rho, gamma, max_norm)
     optimizer = checks.as_transformation("optimizer", optimizer)
     perturbation = scale_to_adaptive_norm(rho) if adaptive else scale_to_norm(rho)
     stage = off_when_zero(gamma, ascent_stage(rho, perturbation, start=start, every=every))
@@ -114,3 +110,11 @@ def wsam(
         return moves, WsamState(stage_state, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check(learning_rate: Any, rho: Any, gamma: Any, max_norm: Any) -> None:
+    checks.check_number("learning_rate", learning_rate)
+    checks.check_number("rho", rho, low=0.0)
+    checks.check_number("gamma", gamma, low=0.0, high=1.0, high_allowed=False)
+    if max_norm is not None:
+        checks.check_number("max_norm", max_norm, low=0.0, schedule_allowed=False)

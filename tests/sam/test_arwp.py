@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import flatopt
 from tests.replay import Golden, assert_agrees, recorded_noise, replay, replays, torch_optimizer
@@ -37,6 +38,20 @@ def test_arwp_is_hold_perturbed_that_starts_displaced():
         hold_params = optax.apply_updates(hold_params, updates)
         centre = flatopt.eval_params(hold_state, hold_params)
         np.testing.assert_allclose(stage_params, centre, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, 1e25])
+def test_what_has_no_finite_square_does_not_enter_the_sum(bad):
+    """The decayed sum never forgets an inf: its filter would have no noise from then on."""
+    w, grads = jnp.ones((2, 3)), jnp.ones((2, 3)).at[1, 2].set(bad)
+    perturbation = flatopt.adaptive_filter_noise(0.1)
+    _, state = perturbation.update(w, perturbation.init(w), w)
+    _, after = perturbation.update(grads, state, w)
+    np.testing.assert_array_equal(after.fisher, state.fisher)
+    stage = flatopt.arwp(0.1)
+    _, state = stage.update(w, stage.init(w), w, grad_fn=lambda w, i: w)
+    _, after = stage.update(w, state, w, grad_fn=lambda w, i: grads)
+    np.testing.assert_array_equal(after.fisher, state.fisher)
 
 
 @replays("arwp")

@@ -92,6 +92,7 @@ def test_schedules_are_refused_where_they_could_not_work():
     schedule = optax.constant_schedule(0.5)
     for make in (
         lambda: flatopt.esam(RHO, beta=schedule),
+        lambda: flatopt.esam(RHO, epsilon=schedule),
         lambda: flatopt.drop_displacement(schedule),
         lambda: flatopt.select_examples(jnp.ones(2), jnp.ones(2), schedule),
     ):

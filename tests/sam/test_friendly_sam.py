@@ -30,6 +30,17 @@ def test_the_ascent_follows_what_is_new_in_the_gradient():
     np.testing.assert_allclose(followed, noise, rtol=1e-5)
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_what_is_not_finite_shows_and_is_forgotten(bad):
+    stage, w = flatopt.friendly_sam(RHO), jnp.array([3.0, 4.0])
+    grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * jnp.sum(w**2))
+    _, state = stage.update(w, stage.init(w), w, grad_fn=grad_fn)
+    updates, after = stage.update(w.at[1].set(bad), state, w, grad_fn=grad_fn)
+    assert not jnp.isfinite(updates).all()
+    ema = optax.tree.get(after, "ema")
+    np.testing.assert_array_equal(ema, optax.tree.get(state, "ema"))
+
+
 @pytest.mark.parametrize(
     "make",
     [functools.partial(flatopt.subtract_gradient_ema, 1.0), flatopt.smooth_gradient],

@@ -29,6 +29,19 @@ def test_gsam_leaves_the_perturbed_loss_to_the_perturbed_gradient():
         assert jnp.linalg.norm(mixed - kept) > 0.1
 
 
+@pytest.mark.parametrize("minimise_perturbed", [True, False])
+@pytest.mark.parametrize("size", [1e-25, 1e-10, 1e10, 1e25])
+def test_the_projection_knows_gradients_of_every_size(size, minimise_perturbed):
+    """The squares of their entries leave the range of float32, or fall below the guard."""
+    combiner = flatopt.surrogate_gap(0.7, minimise_perturbed=minimise_perturbed)
+
+    def mixed(size):
+        p, c = size * jnp.array([2.0, 1.0, 0.5]), size * jnp.array([1.0, -1.0, 3.0])
+        return combiner.update(p, combiner.init(c), clean_updates=c)[0] / size
+
+    np.testing.assert_allclose(mixed(size), mixed(1.0), rtol=1e-5)
+
+
 def test_proportional_rho_is_never_negative():
     """A warm-up that starts below the lowest rate would make the formula negative."""
     learning_rate = optax.linear_schedule(0.0, 0.1, 10)

@@ -112,6 +112,39 @@ def test_masks_do_not_hide_a_nan(make):
         _, state = perturbation.update(params, state, params)
 
 
+@pytest.mark.parametrize(
+    "climb",
+    [
+        flatopt.scale_to_norm,
+        flatopt.scale_to_adaptive_norm,
+        flatopt.scale_to_weighted_norm,
+        lambda rho: flatopt.scale_to_loss_rise(rho, rho),
+    ],
+)
+@pytest.mark.parametrize("make", [flatopt.mask_by_fisher, flatopt.mask_at_random])
+def test_masks_do_not_hide_an_inf_that_they_leave_alone(make, climb):
+    perturbation, params = make(climb(1.0), sparsity=0.5, every=1), jnp.ones(8)
+    for place in range(8):
+        grads = params.at[place].set(jnp.inf)
+        displacement, _ = perturbation.update(grads, perturbation.init(params), params)
+        assert not jnp.isfinite(displacement).all()
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_fixed_mask_does_not_hide_what_is_not_finite(place, bad):
+    """The second gradient is finite here wherever the point is, so only the point can tell."""
+    stage = flatopt.sparse_sam(RHO, jnp.array([True, False]))
+    w = jnp.array([3.0, 4.0])
+    updates, _ = stage.update(w.at[place].set(bad), stage.init(w), w, grad_fn=lambda w, i: w)
+    assert not jnp.isfinite(updates).all()
+
+
+def test_no_schedule_of_the_guard():
+    with pytest.raises(TypeError, match=r"epsilon=.* A schedule is not taken here"):
+        flatopt.sparse_sam(RHO, True, epsilon=optax.constant_schedule(1e-7))
+
+
 @pytest.mark.parametrize("make", [flatopt.mask_by_fisher, flatopt.mask_at_random])
 def test_arguments_that_could_not_work_are_refused(make):
     schedule = optax.constant_schedule(0.5)

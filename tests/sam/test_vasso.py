@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import flatopt
 from tests import cases
@@ -27,3 +28,14 @@ def test_the_direction_varies_less_than_the_gradient():
     late = jnp.stack(followed)[200:]
     np.testing.assert_array_less(jnp.std(late, axis=0), 0.5)
     np.testing.assert_allclose(late.mean(0), 1.0, atol=0.3)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_what_is_not_finite_shows_and_is_forgotten(bad):
+    stage, w = flatopt.vasso(RHO), jnp.array([3.0, 4.0])
+    grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * jnp.sum(w**2))
+    _, state = stage.update(w, stage.init(w), w, grad_fn=grad_fn)
+    updates, after = stage.update(w.at[1].set(bad), state, w, grad_fn=grad_fn)
+    assert not jnp.isfinite(updates).all()
+    ema = optax.tree.get(after, "ema")
+    np.testing.assert_array_equal(ema, optax.tree.get(state, "ema"))
