@@ -56,8 +56,7 @@ def random_direction(
 
     Cost: 0 losses.
     """
-    if normalisation not in ("filter", "leaf", "none"):
-        raise ValueError(f"normalisation={normalisation!r} must be one of filter, leaf, none.")
+    checks.check_choice("normalisation", normalisation, ("filter", "leaf", "none"))
 
     def leaf(noise: jax.Array, param: jax.Array) -> jax.Array:
         if normalisation == "none":

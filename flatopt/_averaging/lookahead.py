@@ -93,9 +93,9 @@ def lookahead(
         if when.begin > 0:  # Until then the slow weights are the fast ones.
             slow = optax.tree.where(step <= when.begin, optax.tree.cast_like(fast, slow), slow)
         due = when.is_due(step)
-        moves, landed = (
-            (moves, fast) if keeps_fast else _land(due, slow, fast, alpha, params, moves)
-        )
+        landed = fast
+        if not keeps_fast:
+            moves, landed = _land(due, slow, fast, alpha, params, moves)
         slow = optax.tree.where(due, optax.tree.cast_like(landed, slow), slow)
         if pull_back:
             inner_state, slow_state = _pull_back(due, inner_state, slow_state, alpha, params)

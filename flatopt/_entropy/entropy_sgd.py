@@ -18,22 +18,14 @@ from flatopt._entropy.local_entropy import (
     Numbers,
     langevin_step,
     local_entropy,
+    momentum_step,
 )
 
 
-def python_step(
+def heavy_ball_step(
     y: Any, v: Any, g: Any, w: Any, xi: Any, now: Numbers, damp: Any = 0.0
 ) -> tuple[Any, Any]:
-    """Nesterov's momentum filters gradient and decay, in PyTorch's damped form."""
-    d = -now.eta * (g + now.decay * y)
-    v = now.beta * v + (1 - damp) * d
-    return y + d + now.beta * v - now.eta * now.gamma * (y - w) + xi, v
-
-
-def python_heavy_ball_step(
-    y: Any, v: Any, g: Any, w: Any, xi: Any, now: Numbers, damp: Any = 0.0
-) -> tuple[Any, Any]:
-    """The same program without Nesterov's: spring and noise enter the momentum too."""
+    """The "python" program without Nesterov's: spring and noise enter the momentum too."""
     d = -now.eta * (g + now.decay * y)
     v = now.beta * v + (1 - damp) * d - now.eta * now.gamma * (y - w) + xi
     return y + v, v
@@ -82,7 +74,7 @@ class Form(NamedTuple):
 
 
 FORMS = {
-    "python": Form(python_step, seeded=True),
+    "python": Form(momentum_step, seeded=True),
     "lua": Form(lua_step, outer_momentum=False),
     "pittorino": Form(pittorino_step, initial_gradient=True, scale_by_gamma=True),
 }
@@ -194,7 +186,7 @@ def _program(form: str, nesterov: bool, dampening: Any) -> Form:
         "dampening", dampening, low=0.0, high=1.0, high_allowed=False, schedule_allowed=False
     )
     if form == "python":
-        step = python_step if nesterov else python_heavy_ball_step
+        step = momentum_step if nesterov else heavy_ball_step
         return FORMS[form]._replace(inner_step=functools.partial(step, damp=dampening))
     if not nesterov or not checks.is_number(dampening, 0):
         raise ValueError(

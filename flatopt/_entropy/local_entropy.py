@@ -44,10 +44,12 @@ def langevin_step(y: Any, v: Any, g: Any, w: Any, xi: Any, now: Numbers) -> tupl
     return y - now.eta * (g + now.decay * y + now.gamma * (y - w)) + xi, v
 
 
-def momentum_step(y: Any, v: Any, g: Any, w: Any, xi: Any, now: Numbers) -> tuple[Any, Any]:
-    """Nesterov's momentum filters gradient and decay; spring and noise stand beside it."""
+def momentum_step(
+    y: Any, v: Any, g: Any, w: Any, xi: Any, now: Numbers, damp: Any = 0.0
+) -> tuple[Any, Any]:
+    """Nesterov's momentum (damped as PyTorch's) filters gradient and decay alone."""
     d = -now.eta * (g + now.decay * y)
-    v = now.beta * v + d
+    v = now.beta * v + (1 - damp) * d
     return y + d + now.beta * v - now.eta * now.gamma * (y - w) + xi, v
 
 

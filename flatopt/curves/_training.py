@@ -87,7 +87,7 @@ def keep_fixed(
     def clear(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.at[jnp.array(indices)].set(0), tree)
 
-    inner = optax.with_extra_args_support(optimizer)
+    inner = checks.as_transformation("optimizer", optimizer)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any

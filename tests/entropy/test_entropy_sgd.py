@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import flatopt
-from flatopt._entropy import entropy_sgd
+from flatopt._entropy import entropy_sgd, local_entropy
 from tests import cases
 from tests.replay import Array, Golden, assert_agrees, replay, replays
 
@@ -20,7 +20,7 @@ from tests.replay import Array, Golden, assert_agrees, replay, replays
 def test_recipe_is_its_pieces(form: str):
     """The inner loop of the form, then SGD with or without momentum and decay."""
     inner_step, initial, outer = {
-        "python": (entropy_sgd.python_step, False, True),
+        "python": (local_entropy.momentum_step, False, True),
         "lua": (entropy_sgd.lua_step, False, False),
         "pittorino": (entropy_sgd.pittorino_step, True, True),
     }[form]
@@ -139,7 +139,7 @@ def test_replays(golden: Golden) -> None:
     damp = hyper["damp"] if momentum else 0.0
     tx = flatopt.entropy_sgd(golden.learning_rate, nesterov=nesterov, dampening=damp, **common)
     replayed = replay(golden, tx, extra_batch=lambda t, i: (t, i + 1))
-    step = entropy_sgd.python_step if nesterov else entropy_sgd.python_heavy_ball_step
+    step = local_entropy.momentum_step if nesterov else entropy_sgd.heavy_ball_step
     step = functools.partial(step, damp=damp)
     inner = flatopt.local_entropy(inner_step=step, initial_gradient=False, **common)
     means = _means_along(golden, inner, lambda t, i: (t, i + 1)) if hyper["L"] else _start(golden)

@@ -9,16 +9,14 @@ import optax
 import pytest
 
 import flatopt
-from flatopt._entropy import entropy_sgd
+from flatopt._entropy import entropy_sgd, local_entropy
 from tests import cases
 
 # The steps of the loops, by the dampening.
 STEPS = {
     "plain": lambda damp: None,
-    "python": lambda damp: functools.partial(entropy_sgd.python_step, damp=damp),
-    "python_heavy_ball": lambda damp: functools.partial(
-        entropy_sgd.python_heavy_ball_step, damp=damp
-    ),
+    "python": lambda damp: functools.partial(local_entropy.momentum_step, damp=damp),
+    "python_heavy_ball": lambda damp: functools.partial(entropy_sgd.heavy_ball_step, damp=damp),
     "lua": lambda damp: entropy_sgd.lua_step,
     "pittorino": lambda damp: entropy_sgd.pittorino_step,
 }

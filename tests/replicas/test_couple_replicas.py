@@ -14,111 +14,31 @@ import flatopt
 from flatopt._replicas.couple_replicas import balancing_strength
 from tests import cases
 from tests.replay import Golden, assert_agrees, replay_replicas, replays, torch_optimizer
-
-NUMBER = 8
-TOPOLOGIES = ("ring", "exponential", "torus", "full")
-METHODS = {
-    "couple": lambda axis: optax.chain(flatopt.couple_replicas(0.5, axis_name=axis), _sgd()),
-    "couple_schedule": lambda axis: optax.chain(
-        flatopt.couple_replicas(flatopt.exponential_scoping(0.1, 0.5), axis_name=axis), _sgd()
-    ),
-    "couple_every": lambda axis: optax.chain(
-        flatopt.couple_replicas(0.5, axis_name=axis, every=2), _sgd()
-    ),
-    "parle": lambda axis: flatopt.parle(0.05, 0.1, 0.5, every=2, axis_name=axis),
-    **{
-        f"gossip_{topology}": lambda axis, topology=topology: flatopt.gossip(
-            _sgd(), topology, axis_name=axis
-        )
-        for topology in TOPOLOGIES
-    },
-    "gossip_matrix": lambda axis: flatopt.gossip(
-        _sgd(), flatopt.mixing_matrix("exponential", NUMBER), axis_name=axis
-    ),
-}
-
-
-def _sgd():
-    return optax.sgd(0.05, momentum=0.9)
-
-
-def _replicas(number: int = NUMBER):
-    return flatopt.replicate_params(cases.init_params(), number, std=0.3, key=1)
-
-
-def _batches(step: int, number: int = NUMBER):
-    """One batch for each replica."""
-    batches = [cases.make_batch(100 * step + a) for a in range(number)]
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
-
-
-def _size(params) -> int:
-    return len(jax.tree.leaves(params)[0])
-
-
-def _train_leading(tx, params, steps: int = 4):
-    """The optimiser sees the whole stack of replicas."""
-    opt_state = tx.init(params)
-
-    @jax.jit
-    def step(params, opt_state, batches):
-        grads = jax.vmap(jax.grad(cases.loss_fn))(params, batches)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    for i in range(steps):
-        params, opt_state = step(params, opt_state, _batches(i, _size(params)))
-    return params
-
-
-def _one_step(tx, params, opt_state, batch):
-    grads = jax.grad(cases.loss_fn)(params, batch)
-    grad_fn = flatopt.make_grad_fn(cases.loss_fn, batch)
-    updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
-    return optax.apply_updates(params, updates), opt_state
-
-
-def _train_sharded(tx, params, steps: int = 4):
-    """One replica on each of eight devices."""
-    mesh = jax.make_mesh((NUMBER,), ("replicas",), axis_types=(AxisType.Auto,))
-
-    def squeezed(function):
-        def local(*args):
-            result = function(*jax.tree.map(lambda x: x[0], args))
-            return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
-
-        specs = {"in_specs": P("replicas"), "out_specs": P("replicas"), "check_vma": False}
-        return jax.jit(jax.shard_map(local, mesh=mesh, **specs))
-
-    opt_state = squeezed(tx.init)(params)
-    step = squeezed(functools.partial(_one_step, tx))
-    for i in range(steps):
-        params, opt_state = step(params, opt_state, _batches(i))
-    return params
-
-
-def _train_vmapped(tx, params, steps: int = 4):
-    """The optimiser sees one replica, inside a mapped axis."""
-    opt_state = jax.vmap(tx.init, axis_name="replicas")(params)
-    step = jax.jit(jax.vmap(functools.partial(_one_step, tx), axis_name="replicas"))
-    for i in range(steps):
-        params, opt_state = step(params, opt_state, _batches(i, _size(params)))
-    return params
+from tests.replicas.layouts import (
+    METHODS,
+    make_batches,
+    make_replicas,
+    one_step,
+    sgd,
+    train_leading,
+    train_sharded,
+    train_vmapped,
+)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_leading_axis_equals_named_axis_equals_eight_devices(name: str):
     """For gossip this also says that the dense product is `ppermute` after `ppermute`."""
-    start = _replicas()
-    leading = _train_leading(METHODS[name](None), start)
+    start = make_replicas()
+    leading = train_leading(METHODS[name](None), start)
     assert not np.allclose(leading["hidden"]["kernel"], start["hidden"]["kernel"])
-    cases.assert_close(_train_vmapped(METHODS[name]("replicas"), start), leading)
-    cases.assert_close(_train_sharded(METHODS[name]("replicas"), start), leading)
+    cases.assert_close(train_vmapped(METHODS[name]("replicas"), start), leading)
+    cases.assert_close(train_sharded(METHODS[name]("replicas"), start), leading)
 
 
 def test_replicas_over_devices_and_within():
     """Two on each of four devices: the axis is a tuple of names."""
-    start = _replicas()
+    start = make_replicas()
     tx = METHODS["couple"](("devices", "local"))
     mesh = jax.make_mesh((4,), ("devices",), axis_types=(AxisType.Auto,))
     specs = {"in_specs": P("devices"), "out_specs": P("devices"), "check_vma": False}
@@ -128,14 +48,14 @@ def test_replicas_over_devices_and_within():
         return jax.jit(jax.shard_map(local, mesh=mesh, **specs))
 
     params, opt_state = start, mapped(tx.init)(start)
-    step = mapped(functools.partial(_one_step, tx))
+    step = mapped(functools.partial(one_step, tx))
     for i in range(4):
-        params, opt_state = step(params, opt_state, _batches(i))
-    cases.assert_close(params, _train_leading(METHODS["couple"](None), start))
+        params, opt_state = step(params, opt_state, make_batches(i))
+    cases.assert_close(params, train_leading(METHODS["couple"](None), start))
 
 
 def test_pull_is_the_gradient_of_the_springs():
-    params, strength = _replicas(3), 0.7
+    params, strength = make_replicas(3), 0.7
 
     def springs(params):
         away = jax.tree.map(lambda w, m: w - m[None], params, flatopt.barycentre(params))
@@ -152,38 +72,38 @@ def test_pull_is_the_gradient_of_the_springs():
 # Limits
 @pytest.mark.parametrize("axis", [None, "replicas"])
 def test_strength_zero_is_independent_training_bit_for_bit(axis):
-    start = _replicas()
-    train = _train_leading if axis is None else _train_vmapped
-    coupled = train(optax.chain(flatopt.couple_replicas(0.0, axis_name=axis), _sgd()), start)
-    cases.assert_equal(coupled, train(_sgd(), start))
+    start = make_replicas()
+    train = train_leading if axis is None else train_vmapped
+    coupled = train(optax.chain(flatopt.couple_replicas(0.0, axis_name=axis), sgd()), start)
+    cases.assert_equal(coupled, train(sgd(), start))
 
 
 def test_strength_zero_on_eight_devices_bit_for_bit():
-    start = _replicas()
-    coupled = optax.chain(flatopt.couple_replicas(0.0, axis_name="replicas"), _sgd())
-    cases.assert_equal(_train_sharded(coupled, start), _train_sharded(_sgd(), start))
+    start = make_replicas()
+    coupled = optax.chain(flatopt.couple_replicas(0.0, axis_name="replicas"), sgd())
+    cases.assert_equal(train_sharded(coupled, start), train_sharded(sgd(), start))
 
 
 def test_a_schedule_that_is_zero_is_independent_training():
-    start = _replicas()
-    tx = optax.chain(flatopt.couple_replicas(lambda step: 0.0 * step), _sgd())
-    cases.assert_close(_train_leading(tx, start), _train_leading(_sgd(), start))
+    start = make_replicas()
+    tx = optax.chain(flatopt.couple_replicas(lambda step: 0.0 * step), sgd())
+    cases.assert_close(train_leading(tx, start), train_leading(sgd(), start))
 
 
 def test_one_replica_is_plain_sgd():
-    start = _replicas(1)
-    expected = _train_leading(_sgd(), start)
-    for tx in (METHODS["couple"](None), flatopt.gossip(_sgd(), "ring")):
-        cases.assert_equal(_train_leading(tx, start), expected)
-    alone, _ = cases.run(_sgd())
-    recipe = flatopt.replicated_sgd(_sgd(), 1, 0.5)
+    start = make_replicas(1)
+    expected = train_leading(sgd(), start)
+    for tx in (METHODS["couple"](None), flatopt.gossip(sgd(), "ring")):
+        cases.assert_equal(train_leading(tx, start), expected)
+    alone, _ = cases.run(sgd())
+    recipe = flatopt.replicated_sgd(sgd(), 1, 0.5)
     params, state = cases.run(recipe)
     cases.assert_equal(params, alone)
     cases.assert_equal(flatopt.eval_params(state, params), alone)
 
 
 def test_every_multiplies_the_pull():
-    params = _replicas(3)
+    params = make_replicas(3)
     stage = flatopt.couple_replicas(0.2, every=3)
     zeros, state = optax.tree.zeros_like(params), stage.init(params)
     for _ in range(2):
@@ -196,11 +116,11 @@ def test_every_multiplies_the_pull():
 
 def test_strong_coupling_makes_the_replicas_collapse():
     tx = optax.chain(flatopt.couple_replicas(10.0), optax.sgd(0.05))
-    params = _train_leading(tx, _replicas(), steps=12)
+    params = train_leading(tx, make_replicas(), steps=12)
     centre = flatopt.barycentre(params)
     for replica, mean in zip(jax.tree.leaves(params), jax.tree.leaves(centre), strict=True):
         assert float(jnp.abs(replica - mean[None]).max()) < 0.05
-    assert float(jnp.std(_replicas()["hidden"]["kernel"], axis=0).min()) > 0.05
+    assert float(jnp.std(make_replicas()["hidden"]["kernel"], axis=0).min()) > 0.05
 
 
 @pytest.mark.parametrize("axis", [None, "replicas"])
@@ -230,7 +150,7 @@ def test_automatic_strength(axis):
 
 def test_automatic_strength_needs_the_loss():
     stage = flatopt.couple_replicas(1.0, automatic=1)
-    params = _replicas(2)
+    params = make_replicas(2)
     with pytest.raises(ValueError, match="value=loss"):
         stage.update(params, stage.init(params), params)
 
@@ -240,7 +160,7 @@ def test_unfit_strength(bad: float):
     with pytest.raises(ValueError, match="strength="):
         flatopt.couple_replicas(bad)
     with pytest.raises(ValueError, match="strength="):
-        flatopt.replicated_sgd(_sgd(), 3, bad)
+        flatopt.replicated_sgd(sgd(), 3, bad)
 
 
 @replays("rsgd")
@@ -267,7 +187,7 @@ def test_replays_rsgd(golden: Golden) -> None:
 
 
 def test_balanced_springs_weigh_as_much_as_the_loss():
-    params, losses = _replicas(3), jnp.array([1.0, 2.0, 6.0])
+    params, losses = make_replicas(3), jnp.array([1.0, 2.0, 6.0])
     measure = lambda value, w: balancing_strength(value, w, "replicas")  # noqa: E731
     strength = jax.vmap(measure, axis_name="replicas")(losses, params)[0]
     away = jax.tree.map(lambda w, m: w - m[None], params, flatopt.barycentre(params))
@@ -278,7 +198,7 @@ def test_balanced_springs_weigh_as_much_as_the_loss():
 @pytest.mark.parametrize("name", ["couple_every", "parle"])
 def test_between_two_pulls_nothing_is_computed(name: str):
     """On a leading axis one branch serves all replicas: an overflow there goes nowhere."""
-    tx, params = METHODS[name](None), _replicas(3)
+    tx, params = METHODS[name](None), make_replicas(3)
     text = str(jax.make_jaxpr(lambda p: tx.update(p, tx.init(p), p))(params))
     assert "while[" in text or "cond[" in text
     assert "select_n" not in text.split("while[")[-1]

@@ -10,9 +10,14 @@ import flatopt
 from flatopt._replicas.gossip import mix_all, mix_one
 from tests import cases
 from tests.replay import Golden, assert_agrees, replay_replicas, replays, torch_optimizer
-
-TOPOLOGIES = ("ring", "exponential", "torus", "full")
-NUMBER = 8
+from tests.replicas.layouts import (
+    NUMBER,
+    TOPOLOGIES,
+    make_batches,
+    make_replicas,
+    sgd,
+    train_leading,
+)
 
 
 # Mixing
@@ -39,13 +44,9 @@ def test_mixing_matrices_have_the_right_neighbours():
     np.testing.assert_allclose(flatopt.mixing_matrix("full", 4), 0.25)
 
 
-def _replicas(number: int = NUMBER):
-    return flatopt.replicate_params(cases.init_params(), number, std=0.3, key=1)
-
-
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_gossip_keeps_the_centre_and_reaches_consensus(topology: str):
-    params = _replicas()
+    params = make_replicas()
     tx = flatopt.gossip(optax.sgd(0.1), topology)
     zeros, state = optax.tree.zeros_like(params), tx.init(params)
     mixed = params
@@ -58,48 +59,19 @@ def test_gossip_keeps_the_centre_and_reaches_consensus(topology: str):
     assert spread < 0.05
 
 
-def _batches(step: int, number: int = NUMBER):
-    """One batch for each replica."""
-    batches = [cases.make_batch(100 * step + a) for a in range(number)]
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
-
-
-def _size(params) -> int:
-    return len(jax.tree.leaves(params)[0])
-
-
-def _train_leading(tx, params, steps: int = 4):
-    """The optimiser sees the whole stack of replicas."""
-    opt_state = tx.init(params)
-
-    @jax.jit
-    def step(params, opt_state, batches):
-        grads = jax.vmap(jax.grad(cases.loss_fn))(params, batches)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    for i in range(steps):
-        params, opt_state = step(params, opt_state, _batches(i, _size(params)))
-    return params
-
-
 def test_full_gossip_with_the_same_gradients_is_centralised_sgd():
     start = flatopt.replicate_params(cases.init_params(), NUMBER)
-    params = _train_leading(flatopt.gossip(optax.sgd(0.1), "full"), start)
+    params = train_leading(flatopt.gossip(optax.sgd(0.1), "full"), start)
     # Mixing comes first: after the last step the replicas differ by that step alone.
     centre, expected = flatopt.barycentre(params), cases.init_params()
     for i in range(1):
-        grads = jax.vmap(jax.grad(cases.loss_fn), (None, 0))(expected, _batches(i))
+        grads = jax.vmap(jax.grad(cases.loss_fn), (None, 0))(expected, make_batches(i))
         expected = optax.tree.add_scale(expected, -0.1, jax.tree.map(lambda g: g.mean(0), grads))
-    one_step = flatopt.barycentre(_train_leading(flatopt.gossip(optax.sgd(0.1), "full"), start, 1))
+    one_step = flatopt.barycentre(train_leading(flatopt.gossip(optax.sgd(0.1), "full"), start, 1))
     cases.assert_close(one_step, expected)
     assert cases.loss_fn(centre, cases.make_batch()) < cases.loss_fn(
         cases.init_params(), cases.make_batch()
     )
-
-
-def _sgd():
-    return optax.sgd(0.05, momentum=0.9)
 
 
 @pytest.mark.parametrize(
@@ -113,12 +85,12 @@ def _sgd():
 )
 def test_unfit_mixing(mixing, words: str):
     with pytest.raises(ValueError, match=words):
-        flatopt.gossip(_sgd(), mixing)
+        flatopt.gossip(sgd(), mixing)
 
 
 def test_matrix_of_another_size():
-    params = _replicas(3)
-    tx = flatopt.gossip(_sgd(), np.full([2, 2], 0.5))
+    params = make_replicas(3)
+    tx = flatopt.gossip(sgd(), np.full([2, 2], 0.5))
     with pytest.raises(ValueError, match="there are 3 replicas"):
         tx.update(params, tx.init(params), params)
 
@@ -136,7 +108,7 @@ def test_replays_dpsgd(golden: Golden) -> None:
 
 @pytest.mark.parametrize("axis", [None, "replicas"])
 def test_matrix_of_another_size_on_either_axis(axis):
-    tx, params = flatopt.gossip(_sgd(), np.full([2, 2], 0.5), axis_name=axis), jnp.ones([3, 1])
+    tx, params = flatopt.gossip(sgd(), np.full([2, 2], 0.5), axis_name=axis), jnp.ones([3, 1])
     update = lambda p: tx.update(p, tx.init(p), p)  # noqa: E731
     with pytest.raises(ValueError, match="there are 3 replicas"):
         (update if axis is None else jax.vmap(update, axis_name=axis))(params)
@@ -155,5 +127,5 @@ def test_a_matrix_of_lists_is_one_of_numpy():
     params, matrix = jnp.array([[1.0], [4.0]]), [[0.75, 0.25], [0.25, 0.75]]
     run = lambda tx: tx.update(params, tx.init(params), params)[0]  # noqa: E731
     cases.assert_equal(
-        run(flatopt.gossip(_sgd(), matrix)), run(flatopt.gossip(_sgd(), np.array(matrix)))
+        run(flatopt.gossip(sgd(), matrix)), run(flatopt.gossip(sgd(), np.array(matrix)))
     )

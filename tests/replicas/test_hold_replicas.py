@@ -1,7 +1,5 @@
 """Replicas in the state of one optimiser."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,17 +8,12 @@ import pytest
 import flatopt
 from flatopt._replicas.hold_replicas import evaluation_number
 from tests import cases
-
-NUMBER = 8
-
-
-def _sgd():
-    return optax.sgd(0.05, momentum=0.9)
+from tests.replicas.layouts import make_batches, make_replicas, sgd, train_vmapped
 
 
 @pytest.mark.parametrize(("evaluation", "models"), [("unrolled", 4), ("loop", 1), ("vmap", 1)])
 def test_how_often_the_other_replicas_are_compiled(evaluation: str, models: int):
-    tx = flatopt.replicated_sgd(_sgd(), 5, 0.5, evaluation=evaluation)
+    tx = flatopt.replicated_sgd(sgd(), 5, 0.5, evaluation=evaluation)
     params = cases.init_params()
     traced = 0
 
@@ -37,8 +30,8 @@ def test_how_often_the_other_replicas_are_compiled(evaluation: str, models: int)
 @pytest.mark.parametrize(
     ("tx", "gradients"),
     [
-        (flatopt.replicated_sgd(_sgd(), 4, 0.5), 4),
-        (optax.chain(flatopt.rwp(0.1), _sgd()), 2),
+        (flatopt.replicated_sgd(sgd(), 4, 0.5), 4),
+        (optax.chain(flatopt.rwp(0.1), sgd()), 2),
     ],
     ids=["replicated_sgd", "rwp"],
 )
@@ -58,57 +51,27 @@ def test_independent_gradients_wait_for_one_another(tx, gradients: int):
     assert sum("stablehlo.dot_general" in part for part in parts) >= gradients
 
 
-def _replicas(number: int = NUMBER):
-    return flatopt.replicate_params(cases.init_params(), number, std=0.3, key=1)
-
-
 def test_evaluation_is_the_centre_of_the_replicas_own_averages():
-    inner = optax.chain(_sgd(), flatopt.swa())
+    inner = optax.chain(sgd(), flatopt.swa())
     tx = flatopt.replicated_sgd(inner, 3, 0.0, std=0.3, key=1)
     params, state = cases.run(tx)
     averages = [
         flatopt.eval_params(*reversed(cases.run(inner, jax.tree.map(lambda x, a=a: x[a], start))))
-        for start in [_replicas(3)]
+        for start in [make_replicas(3)]
         for a in range(3)
     ]
     expected = jax.tree.map(lambda *xs: sum(xs) / 3, *averages)
     cases.assert_close(flatopt.eval_params(state, params), expected)
 
 
-def _batches(step: int, number: int = NUMBER):
-    """One batch for each replica."""
-    batches = [cases.make_batch(100 * step + a) for a in range(number)]
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
-
-
-def _one_step(tx, params, opt_state, batch):
-    grads = jax.grad(cases.loss_fn)(params, batch)
-    grad_fn = flatopt.make_grad_fn(cases.loss_fn, batch)
-    updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
-    return optax.apply_updates(params, updates), opt_state
-
-
-def _size(params) -> int:
-    return len(jax.tree.leaves(params)[0])
-
-
-def _train_vmapped(tx, params, steps: int = 4):
-    """The optimiser sees one replica, inside a mapped axis."""
-    opt_state = jax.vmap(tx.init, axis_name="replicas")(params)
-    step = jax.jit(jax.vmap(functools.partial(_one_step, tx), axis_name="replicas"))
-    for i in range(steps):
-        params, opt_state = step(params, opt_state, _batches(i, _size(params)))
-    return params
-
-
 def test_sam_per_replica():
     """Inside a mapped axis, and in a wrapper: each replica ascends along its own gradient."""
-    number, start = 3, _replicas(3)
+    number, start = 3, make_replicas(3)
     tx = lambda axis: optax.chain(  # noqa: E731
         flatopt.sam(0.2), flatopt.couple_replicas(0.5, axis_name=axis), optax.sgd(0.1)
     )
-    batches = _batches(0, number)
-    mapped = _train_vmapped(tx("replicas"), start, steps=1)
+    batches = make_batches(0, number)
+    mapped = train_vmapped(tx("replicas"), start, steps=1)
 
     def by_hand(params, batch):
         grads = jax.grad(cases.loss_fn)(params, batch)
@@ -145,7 +108,7 @@ def test_sam_per_replica():
 def test_the_other_methods_in_a_loop_that_knows_of_one_model(method: str):
     inner = {
         "parle": flatopt.parle(0.05, 0.1, 0.5, every=2, axis_name="replicas"),
-        "gossip": flatopt.gossip(_sgd(), "ring", axis_name="replicas"),
+        "gossip": flatopt.gossip(sgd(), "ring", axis_name="replicas"),
         "local_entropy": optax.chain(
             flatopt.local_entropy(3, 0.1, noise=0.0),
             flatopt.couple_replicas(0.5, axis_name="replicas"),
@@ -160,7 +123,7 @@ def test_the_other_methods_in_a_loop_that_knows_of_one_model(method: str):
 
 def test_unfit_evaluation():
     with pytest.raises(ValueError, match=r"evaluation='map' must be one of unrolled, loop, vmap"):
-        flatopt.replicated_sgd(_sgd(), 3, 0.1, evaluation="map")
+        flatopt.replicated_sgd(sgd(), 3, 0.1, evaluation="map")
 
 
 def test_each_extra_gradient_has_a_number_of_its_own():

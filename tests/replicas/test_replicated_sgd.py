@@ -8,61 +8,7 @@ import pytest
 
 import flatopt
 from tests import cases
-
-NUMBER = 8
-TOPOLOGIES = ("ring", "exponential", "torus", "full")
-METHODS = {
-    "couple": lambda axis: optax.chain(flatopt.couple_replicas(0.5, axis_name=axis), _sgd()),
-    "couple_schedule": lambda axis: optax.chain(
-        flatopt.couple_replicas(flatopt.exponential_scoping(0.1, 0.5), axis_name=axis), _sgd()
-    ),
-    "couple_every": lambda axis: optax.chain(
-        flatopt.couple_replicas(0.5, axis_name=axis, every=2), _sgd()
-    ),
-    "parle": lambda axis: flatopt.parle(0.05, 0.1, 0.5, every=2, axis_name=axis),
-    **{
-        f"gossip_{topology}": lambda axis, topology=topology: flatopt.gossip(
-            _sgd(), topology, axis_name=axis
-        )
-        for topology in TOPOLOGIES
-    },
-    "gossip_matrix": lambda axis: flatopt.gossip(
-        _sgd(), flatopt.mixing_matrix("exponential", NUMBER), axis_name=axis
-    ),
-}
-
-
-def _sgd():
-    return optax.sgd(0.05, momentum=0.9)
-
-
-def _batches(step: int, number: int = NUMBER):
-    """One batch for each replica."""
-    batches = [cases.make_batch(100 * step + a) for a in range(number)]
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
-
-
-def _replicas(number: int = NUMBER):
-    return flatopt.replicate_params(cases.init_params(), number, std=0.3, key=1)
-
-
-def _size(params) -> int:
-    return len(jax.tree.leaves(params)[0])
-
-
-def _train_leading(tx, params, steps: int = 4):
-    """The optimiser sees the whole stack of replicas."""
-    opt_state = tx.init(params)
-
-    @jax.jit
-    def step(params, opt_state, batches):
-        grads = jax.vmap(jax.grad(cases.loss_fn))(params, batches)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    for i in range(steps):
-        params, opt_state = step(params, opt_state, _batches(i, _size(params)))
-    return params
+from tests.replicas.layouts import METHODS, make_batches, make_replicas, sgd, train_leading
 
 
 # A loop that knows of one model
@@ -70,17 +16,17 @@ def _train_leading(tx, params, steps: int = 4):
 def test_recipe_equals_replicas_on_a_leading_axis(evaluation: str):
     """Each replica with its own batch, by the number of the evaluation."""
     number = 3
-    tx = flatopt.replicated_sgd(_sgd(), number, 0.5, std=0.3, key=1, evaluation=evaluation)
+    tx = flatopt.replicated_sgd(sgd(), number, 0.5, std=0.3, key=1, evaluation=evaluation)
     params = cases.init_params()
     opt_state = tx.init(params)
     for i in range(4):
-        batches = _batches(i, number)
+        batches = make_batches(i, number)
         one = lambda a, batches=batches: jax.tree.map(lambda x: x[a], batches)  # noqa: E731
         grads = jax.grad(cases.loss_fn)(params, one(0))
         grad_fn = lambda p, i, one=one: jax.grad(cases.loss_fn)(p, one(i + 1))  # noqa: E731
         updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
         params = optax.apply_updates(params, updates)
-    expected = _train_leading(METHODS["couple"](None), _replicas(number))
+    expected = train_leading(METHODS["couple"](None), make_replicas(number))
     cases.assert_close(params, jax.tree.map(lambda x: x[0], expected))
     cases.assert_close(opt_state.others, jax.tree.map(lambda x: x[1:], expected))
     cases.assert_close(flatopt.eval_params(opt_state, params), flatopt.barycentre(expected))
