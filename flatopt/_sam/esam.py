@@ -232,7 +232,8 @@ def esam(
     checks.check_number("rho", rho, low=0.0)
     _check_share("beta", beta)
     perturbation: optax.GradientTransformation = scale_to_norm(rho, epsilon=epsilon)
-    if not checks.is_number(beta, 1):
+    # A Python number: injected, 1 is an array, whose state must not depend on its value.
+    if not (isinstance(beta, int | float) and beta == 1):
         mask = drop_displacement(beta, key=key, per_tensor=per_tensor)
         perturbation = optax.chain(perturbation, mask)
     return ascent_stage(rho, perturbation, start=start, every=every)

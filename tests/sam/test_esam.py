@@ -47,6 +47,14 @@ def test_dropped_displacement_is_unbiased_and_whole_by_tensor():
         flatopt.drop_displacement(keep=0.0)
 
 
+def test_an_injected_share_of_one_is_sam_and_may_be_changed():
+    tx = optax.chain(optax.inject_hyperparams(flatopt.esam)(rho=RHO, beta=1.0), cases.sgd())
+    params, opt_state = cases.run(tx, steps=3)
+    cases.assert_close(params, cases.run(optax.chain(flatopt.sam(RHO), cases.sgd()), steps=3)[0])
+    changed = optax.tree.set(opt_state, beta=jnp.float32(0.5))
+    cases.run(tx, params, steps=1, opt_state=changed)
+
+
 def test_selection_keeps_what_the_ascent_hurts_most():
     clean, perturbed = jnp.zeros(6), jnp.array([0.1, 0.6, 0.5, 0.4, 0.3, 0.2])
     select = functools.partial(flatopt.select_examples, clean, perturbed)
