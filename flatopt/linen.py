@@ -5,10 +5,15 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
+
+try:
+    import flax
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError('flatopt.linen needs "flatopt[flax]".', name=error.name) from error
+
 from flax import linen as nn
 from flax import struct
 from flax.training import train_state

@@ -8,7 +8,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+
+try:
+    from flax import nnx
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError('flatopt.nnx needs "flatopt[flax]".', name=error.name) from error
 
 from flatopt._averaging.batch_stats import arguments_of, average_over
 from flatopt._core import batches as _batches
@@ -95,14 +99,21 @@ def make_grad_fn(
 
     Cost: 1 gradient an evaluation; 0 copies.
     """
-    graphdef, _, rest = _split(model, wrt)
+    graphdef, params, rest = _split(model, wrt)
     named = {str(i): arg for i, arg in enumerate(args)} | kwargs
     held = tuple((name, arg) for name, arg in named.items() if isinstance(arg, nnx.Pytree))
     graphdefs, states = {}, {}
     for name, own in held:
         graphdefs[name], states[name], _ = _split(own, ...)
     pure = _grad_fn.make_grad_fn(
-        _PureLoss(loss_fn, graphdef, wrt, has_aux, tuple(graphdefs.items())),
+        _PureLoss(
+            loss_fn,
+            graphdef,
+            jax.tree.structure(params),
+            wrt,
+            has_aux,
+            tuple(graphdefs.items()),
+        ),
         *(arg for i, arg in enumerate(args) if str(i) not in graphdefs),
         has_aux=True,
         microbatches=microbatches,
@@ -230,12 +241,14 @@ class _PureLoss:
 
     loss_fn: Callable[..., Any]
     graphdef: Any
+    structure: Any  # Of the parameters.
     wrt: Any
     has_aux: bool
     held: tuple[tuple[str, Any], ...]
 
     def __call__(self, params: Any, *args: Any, rest: Any, kwargs: dict[str, Any]) -> Any:
         # Variables of its own: those of the caller's objects belong to an outer trace.
+        self._require_own(params)
         own_rest, states = rest
         model = nnx.merge(self.graphdef, params, own_rest)
         held = {name: nnx.merge(graphdef, states[name]) for name, graphdef in self.held}
@@ -247,6 +260,17 @@ class _PureLoss:
         loss, aux = out if self.has_aux else (out, None)
         left = {name: _split(own, ...)[1] for name, own in held.items()}
         return loss, (aux, (_split(model, self.wrt)[2], left))
+
+    def _require_own(self, params: Any) -> None:
+        """Raises unless `params` are the variables that `wrt` selected."""
+        if jax.tree.structure(_values(params)) == self.structure:
+            return
+        names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
+        raise ValueError(
+            f"grad_fn differentiates the variables that wrt={self.wrt!r} selects and is asked for "
+            f"the gradient of others: {', '.join(names)}. Give `flatopt.nnx.make_grad_fn(loss_fn, "
+            "model, ..., wrt=...)` the same `wrt` as `nnx.Optimizer`."
+        )
 
 
 def _split(model: Any, wrt: Any) -> tuple[Any, Any, Any]:

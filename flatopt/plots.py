@@ -3,9 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-import matplotlib.colors
 import numpy as np
+
+try:
+    import matplotlib
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError('flatopt.plots needs "flatopt[plots]".', name=error.name) from error
+
+import matplotlib.colors
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis

@@ -222,3 +222,13 @@ def test_public_names_are_typed(name: str):
         signature = inspect.signature(value)
         assert signature.return_annotation is not inspect.Signature.empty
         assert all(p.annotation is not p.empty for p in signature.parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [("plots", "matplotlib", "plots"), ("linen", "flax", "flax"), ("nnx", "flax", "flax")],
+)
+def test_a_missing_extra_is_named(module: str, package: str, extra: str):
+    code = f"import sys; sys.modules['{package}'] = None; import flatopt.{module}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f'flatopt.{module} needs "flatopt[{extra}]"' in result.stderr

@@ -1,6 +1,8 @@
 """Argument checks: each error names the argument, its value, the allowed range and the mend."""
 
+import inspect
 import math
+import numbers
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -93,6 +95,18 @@ def require_params(name: str, params: Any) -> None:
             f"flatopt.{name} needs the parameters. Call "
             "`tx.update(grads, opt_state, params, ...)` with `params` as third argument."
         )
+    require_arrays("params", params)
+
+
+def require_arrays(name: str, tree: Any) -> None:
+    """Raises where a whole module, with its functions and flags, stands for its arrays."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} is {leaf!r:.80} and no array. Pass the arrays "
+                "alone: of an Equinox module, `params, static = eqx.partition(model, "
+                "eqx.is_inexact_array)`, with `eqx.combine(params, static)` inside the loss."
+            )
 
 
 def require_grad_fn(
@@ -105,11 +119,13 @@ def require_grad_fn(
             f"flatopt.{name} takes gradients away from the parameters and needs `grad_fn`. Add\n"
             f"    {_CALL}\n"
             "    updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)\n"
-            "In a loop that cannot pass a function, use flatopt.alternate or flatopt.msam."
+            "In a loop that cannot pass a function, use flatopt.alternate or flatopt.msam. Flax's "
+            "own TrainState does not pass it on: use flatopt.linen.TrainState."
         )
     if not callable(grad_fn):
         raise TypeError(f"grad_fn={grad_fn!r} must be callable: grad_fn(params, i). Use `{_CALL}`.")
     require_whole_tree(name, params)
+    _require_two_arguments(grad_fn, params)
 
     def checked(point: Any, i: Any) -> Any:
         grads = grad_fn(point, i)
@@ -117,6 +133,19 @@ def require_grad_fn(
         return grads
 
     return checked
+
+
+def _require_two_arguments(grad_fn: Callable[..., Any], params: Any) -> None:
+    """Raises unless `grad_fn(params, i)` can be called, as far as its signature tells."""
+    try:
+        inspect.signature(grad_fn).bind(params, 0)
+    except ValueError:  # A callable without a signature.
+        return
+    except TypeError as error:
+        raise TypeError(
+            f"grad_fn={grad_fn!r} must take the parameters and the number of the evaluation, "
+            f"`lambda params, i: ...`: {error}. Or use `{_CALL}`."
+        ) from error
 
 
 def _check_gradient(grads: Any, params: Any) -> None:

@@ -5,6 +5,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import jax
 import optax
 
+from flatopt._core import checks
+
 _Params = TypeVar("_Params")
 
 
@@ -50,6 +52,7 @@ def eval_params(opt_state: optax.OptState, params: _Params) -> _Params:
     Cost: 0 extra gradients; 0 copies. Pure; under `jax.vmap` over replicas, vmap it too.
     """
     _require_state(opt_state, params)
+    checks.require_arrays("params", params)
     if isinstance(params, optax.LookaheadParams):  # Of `optax.lookahead`, whose slow weights count.
         slow = eval_params(opt_state, params.slow)
         return optax.LookaheadParams(fast=slow, slow=slow)

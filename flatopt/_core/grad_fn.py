@@ -65,6 +65,7 @@ class GradFn:
         (gradients in float32 at least); of `aux`, floating-point leaves are averaged and others are
         the last microbatch's.
         """
+        checks.require_arrays("params", params)
         function = jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)
         if self.microbatches is None:
             return function(params, *self.args, **self.kwargs)

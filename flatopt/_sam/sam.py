@@ -15,12 +15,13 @@ def sam(
     .. math:: g \leftarrow \nabla L\big(w + \rho \, g / (\|g\| + 10^{-12})\big)
 
     Args:
-      rho: radius, >= 0, in units of the parameters' norm; 0.05 to 0.2 are usual. A number, a traced
-        array, or a schedule of the step count. The number 0: the identity, without a gradient.
+      rho: radius, >= 0, in units of the parameters' norm; 0.05 to 0.2 are usual. The number 0: the
+        identity, without a gradient.
       start, every: when it acts; see `gradient_at`.
 
     Returns:
-      A stage to be chained before any optimiser; `update` needs `params` and `grad_fn`.
+      A stage to be chained before an optimiser (behind one, or alone, it emits an uphill gradient
+      as the step, silently); `update` needs `params` and `grad_fn`.
 
     Examples:
       >>> import jax.numpy as jnp, optax, flatopt
