@@ -45,7 +45,7 @@ def functional_value_and_grad(
     Args:
       network_fn: f, called as `network_fn(params, inputs)`; returns the outputs, such as logits.
       loss_head: :math:`\ell`, called as `loss_head(outputs, *targets)`; returns a scalar.
-      params, inputs, *targets: what the network is called with, and what else the loss needs.
+      params, inputs, targets: what the network is called with, and what else the loss needs.
 
     Returns:
       `(loss, grads, grad_fn)`; the ascent bends the network, and not only its sureness.

@@ -20,8 +20,7 @@ def sam(
       start, every: when it acts; see `gradient_at`.
 
     Returns:
-      A stage to be chained before an optimiser (behind one, or alone, it emits an uphill gradient
-      as the step, silently); `update` needs `params` and `grad_fn`.
+      A stage for in front of an optimiser (alone, it steps uphill); needs `params`, `grad_fn`.
 
     Examples:
       >>> import jax.numpy as jnp, optax, flatopt
