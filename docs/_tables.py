@@ -24,6 +24,7 @@ FAMILIES = {
     "averaging": "Averages",
     "entropy": "Local entropy",
     "replicas": "Replicas",
+    "sparse": "Sparse training",
     "monitoring": "Watching a run",
 }
 PAGES = {"core": "concepts", "monitoring": "measures"}

@@ -4,6 +4,7 @@ SAM and its family      sam, asam, gsam, looksam, msam, ...: gradients at a disp
 Averages                swa, params_ema, lawa, swag, lookahead, ...: which weights are kept
 Local entropy           local_entropy, entropy_sgd, langevin: a Langevin loop around the weights
 Replicas                replicated_sgd, parle, gossip, ...: several copies that attract each other
+Sparse training         sparse_training: few weights, and which ones is learnt (RigL, SET)
 Evaluation              eval_params(opt_state, params): the weights to evaluate, for all of these
 Monitoring              record_sharpness, record_cosine, ...: numbers about a run, in its state
 flatopt.measures        how flat is it? eigenvalues, sharpness, local energy, barriers
@@ -82,6 +83,8 @@ from flatopt._sam.value_and_grad import sam_value_and_grad
 from flatopt._sam.vasso import smooth_gradient, vasso
 from flatopt._sam.wsam import wsam
 from flatopt._sam.zsharp import keep_large_zscores, zsharp
+from flatopt._sparse.densities import erk_sparsities, mask_density
+from flatopt._sparse.sparse_training import SparseTrainingState, sparse_training
 
 if TYPE_CHECKING:
     from flatopt import curves, landscape, measures, samplers
@@ -198,6 +201,11 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     "replicate_params",
     "replicated_sgd",
     "strength_schedule",
+    # sparse training
+    "erk_sparsities",
+    "mask_density",
+    "sparse_training",
+    "SparseTrainingState",
     # monitoring
     "CosineState",
     "DistanceState",

@@ -20,6 +20,7 @@ MECHANISMS = {
     "_averaging": ["running_mean", "ring"],
     "_entropy": ["exponential_scoping"],
     "_replicas": ["replicas"],
+    "_sparse": ["densities"],
 }
 # Recipes: papers that are made of others.
 RECIPES = {

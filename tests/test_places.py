@@ -13,7 +13,7 @@ from tests import cases
 ROOT = Path(flatopt.__file__).parent.parent
 # Methods of the paper of another, in whose file they stand.
 SIBLINGS = {"gadamx": "gadam", "msam_sgd": "msam", "reuse_direction": "looksam"}
-FAMILIES = ("sam", "averaging", "entropy", "replicas")
+FAMILIES = ("sam", "averaging", "entropy", "replicas", "sparse")
 
 
 def _family(method: str) -> str | None:

@@ -17,7 +17,8 @@ class HoldsEvalParams(Protocol):
     Write the method in a state of your own, a named tuple, and `flatopt.eval_params` finds it
     wherever the state stands in a chain. It then looks for further such states inside, with what
     the method returned as their `params`; a true attribute `eval_params_is_complete` says that the
-    method has looked there itself.
+    method has looked there itself. A true `eval_params_is_projection` says that the method comes
+    last, on what its neighbours and those inside give, as a mask does.
     """
 
     def eval_params(self, params: optax.Params) -> optax.Params:
@@ -95,13 +96,23 @@ def _evaluate(opt_state: optax.OptState, params: Any) -> Any:
             )
         return better[0] if better else own
 
-    return jax.tree.map(pick, params, *found)
+    params = jax.tree.map(pick, params, *found)
+    for holder in filter(_projects, holders):
+        params = holder.eval_params(params)
+    return params
+
+
+def _projects(holder: Any) -> bool:
+    """Whether a state changes whatever weights its neighbours hold, and holds none itself."""
+    return getattr(holder, "eval_params_is_projection", False)
 
 
 def _search(holder: Any, params: optax.Params) -> optax.Params:
     """The weights that `holder` gives, and those inside it, unless it has looked there itself."""
     if isinstance(holder, optax.contrib.ScheduleFreeState):
         return optax.contrib.schedule_free_eval_params(holder, params)
+    if _projects(holder):
+        return _evaluate(tuple(holder), params)
     params = holder.eval_params(params)
     if getattr(holder, "eval_params_is_complete", False):
         return params

@@ -38,6 +38,32 @@ def reset(state: optax.OptState, fresh: optax.OptState, params: Any) -> optax.Op
     return _walk(state, fresh, renew, _types_in(params))
 
 
+def reset_entries(
+    state: optax.OptState, fresh: optax.OptState, entries: Any, params: Any
+) -> optax.OptState:
+    """`state` with its momenta as in `fresh` at the `entries`; all else goes on, counts too.
+
+    `entries` is a tree like `params` of bools, with `optax.MaskedNode` for leaves left alone. What
+    is kept by rows and columns, or of another shape for other reasons, has no such entries.
+    """
+    chosen = dict(jax.tree_util.tree_leaves_with_path(entries))
+
+    def renew(path: Any, own: jax.Array, other: jax.Array) -> jax.Array:
+        # A momentum stands where its parameter does, or below, as one of several.
+        above = (path[:n] for n in range(len(path), -1, -1))
+        here = next((chosen[p] for p in above if p in chosen), None)
+        if here is None or own.ndim < here.ndim or own.shape[own.ndim - here.ndim :] != here.shape:
+            return own
+        return jnp.where(here, other, own).astype(own.dtype)
+
+    def field(name: str, own: Any, others: Any) -> Any:
+        if not _is_momentum(name):
+            return own
+        return jax.tree_util.tree_map_with_path(renew, own, others)
+
+    return _walk(state, fresh, field, _types_in(params))
+
+
 def reset_if(
     due: jax.Array, state: Any, init: Callable[[Any], Any], point: Any, params: optax.Params
 ) -> Any:

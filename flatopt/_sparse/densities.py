@@ -1,0 +1,134 @@
+"""How many weights of each leaf are alive."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flatopt._core import checks
+
+
+def number_alive(sparsity: float, size: int) -> int:
+    """Weights that live in a leaf of `size`; one at least, for `sparsity` is less than 1."""
+    return size - math.floor(sparsity * size)
+
+
+def check_sparsity(sparsity: Any) -> None:
+    """Raises unless it is a number in [0, 1)."""
+    checks.check_number(
+        "sparsity", sparsity, low=0.0, high=1.0, high_allowed=False, schedule_allowed=False
+    )
+
+
+def uniform_sparsities(params: optax.Params, sparsity: float, *, mask: Any = None) -> Any:
+    """The same sparsity for each chosen leaf, None for the others; see `erk_sparsities`."""
+    check_sparsity(sparsity)
+    return jax.tree.map(lambda chosen: sparsity if chosen else None, _spread(mask, params))
+
+
+def _spread(mask: Any, params: optax.Params) -> Any:
+    """The mask as one bool a leaf; None chooses kernels, not biases, scales and counters."""
+
+    def is_kernel(x: Any) -> bool:
+        return jnp.ndim(x) > 1 and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+    if mask is None:
+        return jax.tree.map(is_kernel, params)
+    tree = mask(params) if callable(mask) else mask
+    return jax.tree.map(lambda m, part: jax.tree.map(lambda _: bool(m), part), tree, params)
+
+
+def erk_sparsities(
+    params: optax.Params,
+    sparsity: float,
+    *,
+    mask: Any | Callable[[optax.Params], Any] = None,
+    custom: Any = None,
+    power: float = 1.0,
+) -> Any:
+    r"""Erdos-Renyi-Kernel sparsities: small leaves keep a larger share of their weights.
+
+    .. math:: 1 - s_l = \min\big(1, \; \epsilon \, (\textstyle\sum_i d_i / \prod_i d_i)^p\big)
+
+    of the dimensions d of leaf l; :math:`\epsilon` is such that as many weights live in all leaves
+    together as with `sparsity` in each.
+
+    Args:
+      params: the parameters, or their shapes.
+      sparsity: share of the weights that are off, in [0, 1).
+      mask: bools, in a tree like the parameters or a prefix of it, or a function from them to one:
+        which leaves are sparse; None: those of rank 2 and more.
+      custom: tree like the parameters of sparsities that are given, None elsewhere; such leaves
+        count neither in the budget nor in the sum. None: no leaf.
+      power: p, >= 0; 0 is a uniform distribution, 1 the paper's.
+
+    Returns:
+      A tree like `params` of numbers in [0, 1), None for leaves that stay dense.
+
+    Examples:
+      >>> import jax.numpy as jnp, flatopt
+      >>> params = {"hidden": jnp.zeros((64, 256)), "out": jnp.zeros((256, 10))}
+      >>> print({k: round(s, 3) for k, s in flatopt.erk_sparsities(params, 0.9).items()})
+      {'hidden': 0.941, 'out': 0.638}
+
+    References:
+      Evci et al. Rigging the Lottery: Making All Tickets Winners. arXiv:1911.11134
+
+    Cost: 0 extra gradients; 0 copies.
+    """
+    check_sparsity(sparsity)
+    checks.check_number("power", power, low=0.0, schedule_allowed=False)
+    leaves, structure = jax.tree.flatten(params)
+    chosen = jax.tree.leaves(_spread(mask, params))
+    given = [None] * len(leaves) if custom is None else structure.flatten_up_to(custom)
+    open_leaves = [i for i, value in enumerate(given) if chosen[i] and value is None]
+    shares = solve_erk([jnp.shape(leaves[i]) for i in open_leaves], sparsity, power)
+    for i, share in zip(open_leaves, shares, strict=True):
+        given[i] = 1.0 - share
+    return jax.tree.unflatten(structure, given)
+
+
+def solve_erk(shapes: list[tuple[int, ...]], sparsity: float, power: float) -> list[float]:
+    """The share of living weights of each shape, with those that would exceed 1 cut to 1."""
+    sizes = [math.prod(shape) for shape in shapes]
+    raw = [(sum(s) / n) ** power if n else 1.0 for s, n in zip(shapes, sizes, strict=True)]
+    budget = float(sum(number_alive(sparsity, size) for size in sizes))
+    left = {i for i, size in enumerate(sizes) if size}
+    epsilon = 0.0
+    while total := sum(raw[i] * sizes[i] for i in sorted(left)):
+        epsilon = budget / total
+        most = max(raw[i] for i in left)
+        if epsilon * most <= 1:
+            break
+        full = {i for i in left if raw[i] == most}
+        left -= full
+        budget -= sum(sizes[i] for i in full)
+    return [epsilon * r if i in left else 1.0 for i, r in enumerate(raw)]
+
+
+def mask_density(mask: Any) -> jax.Array:
+    """The share of weights that a mask, or a tree of masks, keeps alive.
+
+    Args:
+      mask: tree of bools, such as `opt_state.mask` or a leaf of it; dense leaves have no mask and
+        do not count.
+
+    Returns:
+      A float32 scalar in [0, 1]; 1 for a tree without masks.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, flatopt
+      >>> tx = flatopt.sparse_training(optax.sgd(0.1), 0.9)
+      >>> opt_state = tx.init({"kernel": jnp.ones((20, 30)), "bias": jnp.ones(30)})
+      >>> print(round(float(flatopt.mask_density(opt_state.mask)), 6))
+      0.1
+
+    Cost: 0 extra gradients; 0 copies.
+    """
+    leaves = jax.tree.leaves(mask)
+    size = sum(x.size for x in leaves)
+    alive = jnp.asarray(sum(jnp.count_nonzero(x) for x in leaves), jnp.float32)
+    return alive / size if size else jnp.ones([])

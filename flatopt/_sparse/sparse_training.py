@@ -1,0 +1,282 @@
+"""RigL (Evci et al., arXiv:1911.11134) and SET (Mocanu et al., arXiv:1707.04780): sparse training.
+
+A network that is sparse from its first step to its last. Now and then the smallest weights of each
+layer are dropped, and as many others grow: those of the largest gradients, or random ones.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flatopt._core import checks, means, momenta, quantile, rng, tree_math
+from flatopt._core.timing import LAST, Every, value_at
+from flatopt._sparse.densities import (
+    check_sparsity,
+    erk_sparsities,
+    number_alive,
+    uniform_sparsities,
+)
+
+ORDERS = ("instead", "before", "after")
+
+
+class SparseTrainingState(NamedTuple):
+    """State of `sparse_training`.
+
+    Attributes:
+      step: int32 scalar, number of updates so far.
+      key: uint32 key data.
+      mask: tree of bools like the parameters, True where a weight is alive; `optax.MaskedNode` for
+        dense leaves.
+      inner_state: state of the wrapped optimiser.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    mask: Any
+    inner_state: optax.OptState
+
+    # It cuts what others hold to its mask: the average behind it, say.
+    eval_params_is_projection = True
+
+    def eval_params(self, params: optax.Params) -> optax.Params:
+        """Returns `params` with zeros where no weight is alive."""
+        return keep_alive(self.mask, params)
+
+
+def number_to_drop(alive: jax.Array, fraction: Any) -> jax.Array:
+    r""":math:`\lfloor \alpha n \rfloor` of n weights, in float32 as in the authors' program."""
+    number = alive.astype(jnp.float32) * jnp.asarray(fraction, jnp.float32)
+    return jnp.clip(number.astype(jnp.int32), 0, alive)
+
+
+def drop_and_grow(mask: jax.Array, weights: Any, scores: Any, fraction: Any) -> jax.Array:
+    """The mask without its smallest weights, and with as many of the largest scores elsewhere.
+
+    What has just been dropped may grow again. Of equal weights and of equal scores the first ones
+    are taken.
+    """
+    alive = jnp.sum(mask, dtype=jnp.int32)
+    number = number_to_drop(alive, fraction)
+    kept = quantile.largest_in_tree(jnp.where(mask, _size(weights), jnp.nan), alive - number)
+    grown = quantile.largest_in_tree(jnp.where(kept, jnp.nan, _size(scores)), number)
+    return kept | grown
+
+
+def keep_alive(mask: Any, tree: Any) -> Any:
+    """`tree` with zeros where the mask is off; what is not finite there becomes NaN, and shows."""
+    return _map(lambda m, x: x * m, mask, tree)
+
+
+def stay_on(mask: Any, params: optax.Params, updates: optax.Updates) -> optax.Updates:
+    """The updates that lead from `params` to weights that are zero where the mask is off."""
+    return _map(lambda m, w, u: (u * m - w * ~m).astype(u.dtype), mask, params, updates)
+
+
+def draw_mask(key: jax.Array, params: optax.Params, sparsities: Any) -> Any:
+    """A random mask, with as many weights alive in each leaf as its sparsity asks for."""
+    sparse = _map_sparse(lambda _, p: p, sparsities, params)
+    draws = rng.uniform_like(key, sparse)
+
+    def leaf(sparsity: float, draw: jax.Array) -> jax.Array:
+        return quantile.largest_in_tree(draw, number_alive(sparsity, draw.size))
+
+    return _map_sparse(leaf, sparsities, draws)
+
+
+def sparse_training(
+    optimizer: optax.GradientTransformation,
+    sparsity: float | None,
+    *,
+    distribution: Any = "erk",
+    grow: str | None = "gradient",
+    start: int | None = None,
+    every: int | None = None,
+    stop: int | None = None,
+    fraction: optax.ScalarOrSchedule = 0.3,
+    order: str = "instead",
+    mask: Any = None,
+    key: rng.KeyLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Trains a sparse network; its smallest weights give way to others: RigL, SET, a static mask.
+
+    .. math:: m \leftarrow \mathrm{top}_{n-k}(|w|) \cup \mathrm{top}_k(|\nabla L|), \quad
+      k = \lfloor \alpha_t n \rfloor
+
+    Args:
+      optimizer: any optax transformation; momenta of new weights start anew.
+      sparsity: share of the weights that are off, in [0, 1). Static.
+      distribution: "erk" (see `erk_sparsities`), "uniform", or a tree of sparsities, None for dense
+        leaves, which takes the place of `sparsity` and `mask`. Static.
+      grow: what comes: "gradient" (RigL), "random" (SET), None (nothing ever changes). Static.
+      start, every, stop: updates made at the first change, between two, at the last. None is
+        `every`, 100, no end. Static.
+      fraction: :math:`\alpha_t`, share that is dropped, in [0, 1]: a number, or a schedule.
+      order: a change comes "instead" of, "before" or "after" the optimiser's step. Static.
+      mask: which leaves are sparse; see `erk_sparsities`. Static.
+      key: an int seed, a key from `jax.random.key`, or its uint32 key data.
+
+    Returns:
+      A wrapper; needs `params`. Start from, and evaluate at, `eval_params(opt_state, params)`.
+      `tx.update(..., grow_scores=)`, a tree, takes the place of gradients and draws.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, flatopt
+      >>> tx, w = flatopt.sparse_training(optax.sgd(0.1), 0.75), jnp.ones((4, 5))
+      >>> print(jnp.count_nonzero(flatopt.eval_params(tx.init(w), w)))
+      5
+
+    References:
+      Evci et al. Rigging the Lottery: Making All Tickets Winners. arXiv:1911.11134
+      Mocanu et al. Scalable Training of Artificial Neural Networks. arXiv:1707.04780
+
+    Cost: 0 extra gradients, 1 at a change with order="after"; 0.25 copies.
+    """
+    checks.check_number("fraction", fraction, low=0.0, high=1.0)
+    checks.check_choice("order", order, ORDERS)
+    if grow is not None:
+        checks.check_choice("grow", grow, ("gradient", "random"))
+    checks.check_count("stop", stop, 0)
+    optimizer = checks.as_transformation("optimizer", optimizer)
+    sparsities_of, stream = _sparsities(sparsity, distribution, mask), rng.Stream(key)
+    when = _when(order, start, 100 if every is None else every)
+    last = LAST if stop is None else min(stop, LAST)
+    change = _Change(grow, when, last, fraction, stream, optimizer.init)
+
+    def init_fn(params: optax.Params) -> SparseTrainingState:
+        left, use = stream.split(stream.init())
+        alive = draw_mask(use, params, sparsities_of(params))
+        return SparseTrainingState(jnp.zeros([], jnp.int32), left, alive, optimizer.init(params))
+
+    def update_fn(
+        updates: Any,
+        state: SparseTrainingState,
+        params: Any = None,
+        *,
+        grow_scores: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SparseTrainingState]:
+        checks.require_params("sparse_training", params)
+        step, alive, inner, left = state.step, state.mask, state.inner_state, state.key
+        score_fn = _score_fn(grow, order, grow_scores, updates, extra_args.get("grad_fn"), params)
+        if order != "after":
+            alive, inner, left = change.run(step, (alive, inner, left), params, score_fn)
+        moves, stepped = _step(optimizer, alive, updates, inner, params, extra_args)
+        if order == "instead" and grow is not None:
+            # Zero times the gradient: what is not finite in it shows.
+            skipped = tree_math.scale(0, updates), inner
+            moves, stepped = optax.tree.where(change.is_due(step), skipped, (moves, stepped))
+        moves, step = stay_on(alive, params, moves), optax.safe_increment(step)
+        if order == "after":
+            point = means.reached(params, moves)
+            alive, stepped, left = change.run(step, (alive, stepped, left), point, score_fn)
+            moves = stay_on(alive, params, moves)
+        return moves, SparseTrainingState(step, left, alive, stepped)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Change:
+    """When the mask changes, and how."""
+
+    grow: str | None
+    when: Every
+    last: int
+    fraction: optax.ScalarOrSchedule
+    stream: rng.Stream
+    init: Callable[[Any], optax.OptState]
+
+    def is_due(self, step: jax.Array) -> jax.Array:
+        """Whether the mask changes when `step` updates have been made."""
+        return self.when.is_due(step) & (step <= self.last)
+
+    def run(self, step: jax.Array, carry: Any, params: Any, score_fn: Any) -> Any:
+        """`carry`, which is mask, state of the optimiser, and key, changed if that is due."""
+        if self.grow is None:
+            return carry
+        return tree_math.apply_if(
+            self.is_due(step), lambda old: self._apply(step, *old, params, score_fn), carry
+        )
+
+    def _apply(self, step: Any, mask: Any, inner: Any, key: Any, params: Any, score_fn: Any) -> Any:
+        key, use = self.stream.split(key)
+        scores = score_fn(params) if score_fn else rng.uniform_like(use, mask)
+        fraction = value_at(self.fraction, step)
+        new = _map(lambda m, w, s, _: drop_and_grow(m, w, s, fraction), mask, params, scores, mask)
+        grown = jax.tree.map(lambda m, old: m & ~old, new, mask)
+        return new, momenta.reset_entries(inner, self.init(params), grown, params), key
+
+
+def _step(
+    optimizer: Any, mask: Any, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]
+) -> tuple[optax.Updates, optax.OptState]:
+    """The optimiser's step, which sees the gradients of living weights alone."""
+    grad_fn = extra_args.get("grad_fn")
+    if callable(grad_fn):
+        extra_args = extra_args | {"grad_fn": lambda p, i: keep_alive(mask, grad_fn(p, i))}
+    moves, state = optimizer.update(keep_alive(mask, updates), state, params, **extra_args)
+    # Of the dead only what is not finite in their gradient shows, not the 0 / 0 of Adam in float16.
+    moves = _map(lambda m, g, u: jnp.where(m, u, 0 * g).astype(u.dtype), mask, updates, moves)
+    return moves, state
+
+
+def _score_fn(
+    grow: str | None, order: str, scores: Any, updates: Any, grad_fn: Any, params: Any
+) -> Callable[[Any], Any] | None:
+    """The function from where the mask changes to the scores of growth; None for random ones."""
+    if scores is not None:
+        return lambda _: scores
+    if grow != "gradient":
+        return None
+    if order != "after":
+        return lambda _: updates
+    checked = checks.require_grad_fn("sparse_training", grad_fn, params)
+    return lambda point: checked(point, 0)
+
+
+def _when(order: str, start: int | None, every: int) -> Every:
+    if order == "after":
+        return Every.after_update(start, every)
+    checks.check_count("every", every, 1)
+    return Every.before_update(every if start is None else start, every)
+
+
+def _sparsities(sparsity: Any, distribution: Any, mask: Any) -> Callable[[optax.Params], Any]:
+    """The function from parameters to the sparsity of each leaf, None where dense."""
+    if isinstance(distribution, str) or distribution is None:
+        checks.check_choice("distribution", distribution, ("erk", "uniform"))
+        check_sparsity(sparsity)
+        make = erk_sparsities if distribution == "erk" else uniform_sparsities
+        return lambda params: make(params, sparsity, mask=mask)
+    for value in jax.tree.leaves(distribution):
+        check_sparsity(value)
+    return lambda _: distribution
+
+
+def _map(function: Callable[..., Any], mask: Any, *trees: Any) -> Any:
+    """`function(mask, *leaves)` where there is a mask; the leaf of the last tree elsewhere."""
+
+    def leaf(m: Any, *leaves: Any) -> Any:
+        return leaves[-1] if tree_math.is_masked(m) else function(m, *leaves)
+
+    return jax.tree.map(leaf, mask, *trees, is_leaf=tree_math.is_masked)
+
+
+def _map_sparse(function: Callable[..., Any], sparsities: Any, tree: Any) -> Any:
+    """`function(sparsity, leaf)` where there is a sparsity; else `optax.MaskedNode`."""
+
+    def leaf(sparsity: float | None, x: Any) -> Any:
+        return optax.MaskedNode() if sparsity is None else function(sparsity, x)
+
+    return jax.tree.map(leaf, sparsities, tree, is_leaf=lambda s: s is None)
+
+
+def _size(x: jax.Array) -> jax.Array:
+    """Absolute values; NaN is larger than all else, so that it is kept and shows."""
+    size = jnp.abs(x)
+    return jnp.where(jnp.isnan(size), jnp.inf, size)
