@@ -42,6 +42,8 @@ def largest(x: jax.Array, number: jax.typing.ArrayLike) -> jax.Array:
 
     Of equal entries the first ones are taken; NaN counts as less than all others.
     """
+    # Once for all that looks at it: computed anew, as XLA may do, an entry has another last bit.
+    x = jax.lax.optimization_barrier(x)
     patterns = jnp.where(jnp.isnan(x), 0, _patterns(x) + 1)
     least = _last(
         lambda candidate: jnp.sum(patterns >= candidate) >= number, patterns.dtype, _num_bits(x)

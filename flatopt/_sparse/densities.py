@@ -1,4 +1,4 @@
-"""How many weights of each leaf are alive."""
+"""How many weights of each leaf are alive, and which ones at first."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks
+from flatopt._core import checks, quantile, rng
 
 
 def number_alive(sparsity: float, size: int) -> int:
@@ -83,7 +83,7 @@ def erk_sparsities(
     checks.check_number("power", power, low=0.0, schedule_allowed=False)
     leaves, structure = jax.tree.flatten(params)
     chosen = jax.tree.leaves(_spread(mask, params))
-    given = [None] * len(leaves) if custom is None else structure.flatten_up_to(custom)
+    given = [None] * len(leaves) if custom is None else structure.flatten_up_to(custom)  # type: ignore[attr-defined]
     open_leaves = [i for i, value in enumerate(given) if chosen[i] and value is None]
     shares = solve_erk([jnp.shape(leaves[i]) for i in open_leaves], sparsity, power)
     for i, share in zip(open_leaves, shares, strict=True):
@@ -109,6 +109,29 @@ def solve_erk(shapes: list[tuple[int, ...]], sparsity: float, power: float) -> l
     return [epsilon * r if i in left else 1.0 for i, r in enumerate(raw)]
 
 
+def sparsities_by(sparsity: Any, distribution: Any, mask: Any) -> Callable[[optax.Params], Any]:
+    """The function from parameters to the sparsity of each leaf, None where dense."""
+    if isinstance(distribution, str) or distribution is None:
+        checks.check_choice("distribution", distribution, ("erk", "uniform"))
+        check_sparsity(sparsity)
+        make = erk_sparsities if distribution == "erk" else uniform_sparsities
+        return lambda params: make(params, sparsity, mask=mask)
+    for value in jax.tree.leaves(distribution):
+        check_sparsity(value)
+    return lambda _: distribution
+
+
+def draw_mask(key: jax.Array, params: optax.Params, sparsities: Any) -> Any:
+    """A random mask, with as many weights alive in each leaf as its sparsity asks for."""
+    sparse = _map_sparse(lambda _, p: p, sparsities, params)
+    draws = rng.uniform_like(key, sparse)
+
+    def leaf(sparsity: float, draw: jax.Array) -> jax.Array:
+        return quantile.largest_in_tree(draw, number_alive(sparsity, draw.size))
+
+    return _map_sparse(leaf, sparsities, draws)
+
+
 def mask_density(mask: Any) -> jax.Array:
     """The share of weights that a mask, or a tree of masks, keeps alive.
 
@@ -132,3 +155,12 @@ def mask_density(mask: Any) -> jax.Array:
     size = sum(x.size for x in leaves)
     alive = jnp.asarray(sum(jnp.count_nonzero(x) for x in leaves), jnp.float32)
     return alive / size if size else jnp.ones([])
+
+
+def _map_sparse(function: Callable[..., Any], sparsities: Any, tree: Any) -> Any:
+    """`function(sparsity, leaf)` where there is a sparsity; else `optax.MaskedNode`."""
+
+    def leaf(sparsity: float | None, x: Any) -> Any:
+        return optax.MaskedNode() if sparsity is None else function(sparsity, x)
+
+    return jax.tree.map(leaf, sparsities, tree, is_leaf=lambda s: s is None)

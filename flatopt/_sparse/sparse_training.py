@@ -5,6 +5,7 @@ layer are dropped, and as many others grow: those of the largest gradients, or r
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,12 +15,7 @@ import optax
 
 from flatopt._core import checks, means, momenta, quantile, rng, tree_math
 from flatopt._core.timing import LAST, Every, value_at
-from flatopt._sparse.densities import (
-    check_sparsity,
-    erk_sparsities,
-    number_alive,
-    uniform_sparsities,
-)
+from flatopt._sparse.densities import draw_mask, sparsities_by
 
 ORDERS = ("instead", "before", "after")
 
@@ -40,8 +36,10 @@ class SparseTrainingState(NamedTuple):
     mask: Any
     inner_state: optax.OptState
 
-    # It cuts what others hold to its mask: the average behind it, say.
-    eval_params_is_projection = True
+    @property
+    def eval_params_is_projection(self) -> bool:
+        """It cuts what others hold to its mask: the average behind it, say."""
+        return True
 
     def eval_params(self, params: optax.Params) -> optax.Params:
         """Returns `params` with zeros where no weight is alive."""
@@ -62,30 +60,24 @@ def drop_and_grow(mask: jax.Array, weights: Any, scores: Any, fraction: Any) -> 
     """
     alive = jnp.sum(mask, dtype=jnp.int32)
     number = number_to_drop(alive, fraction)
-    kept = quantile.largest_in_tree(jnp.where(mask, _size(weights), jnp.nan), alive - number)
-    grown = quantile.largest_in_tree(jnp.where(kept, jnp.nan, _size(scores)), number)
-    return kept | grown
+    kept = quantile.largest_in_tree(_sizes(mask, weights), alive - number)
+    return kept | quantile.largest_in_tree(_sizes(~kept, scores), number)
 
 
 def keep_alive(mask: Any, tree: Any) -> Any:
     """`tree` with zeros where the mask is off; what is not finite there becomes NaN, and shows."""
-    return _map(lambda m, x: x * m, mask, tree)
+    # Not `x * m`: XLA makes a choice of it, which hides NaN.
+    return _map(lambda m, x: jnp.where(m, x, 0 * x), mask, tree)
 
 
 def stay_on(mask: Any, params: optax.Params, updates: optax.Updates) -> optax.Updates:
     """The updates that lead from `params` to weights that are zero where the mask is off."""
-    return _map(lambda m, w, u: (u * m - w * ~m).astype(u.dtype), mask, params, updates)
-
-
-def draw_mask(key: jax.Array, params: optax.Params, sparsities: Any) -> Any:
-    """A random mask, with as many weights alive in each leaf as its sparsity asks for."""
-    sparse = _map_sparse(lambda _, p: p, sparsities, params)
-    draws = rng.uniform_like(key, sparse)
-
-    def leaf(sparsity: float, draw: jax.Array) -> jax.Array:
-        return quantile.largest_in_tree(draw, number_alive(sparsity, draw.size))
-
-    return _map_sparse(leaf, sparsities, draws)
+    return _map(
+        lambda m, w, u: (u * jnp.where(m, 1, 0) - jnp.where(m, 0, w)).astype(u.dtype),
+        mask,
+        params,
+        updates,
+    )
 
 
 def sparse_training(
@@ -142,7 +134,7 @@ def sparse_training(
         checks.check_choice("grow", grow, ("gradient", "random"))
     checks.check_count("stop", stop, 0)
     optimizer = checks.as_transformation("optimizer", optimizer)
-    sparsities_of, stream = _sparsities(sparsity, distribution, mask), rng.Stream(key)
+    sparsities_of, stream = sparsities_by(sparsity, distribution, mask), rng.Stream(key)
     when = _when(order, start, 100 if every is None else every)
     last = LAST if stop is None else min(stop, LAST)
     change = _Change(grow, when, last, fraction, stream, optimizer.init)
@@ -165,16 +157,19 @@ def sparse_training(
         score_fn = _score_fn(grow, order, grow_scores, updates, extra_args.get("grad_fn"), params)
         if order != "after":
             alive, inner, left = change.run(step, (alive, inner, left), params, score_fn)
-        moves, stepped = _step(optimizer, alive, updates, inner, params, extra_args)
+        take = functools.partial(_step, optimizer, alive, params, extra_args)
         if order == "instead" and grow is not None:
-            # Zero times the gradient: what is not finite in it shows.
-            skipped = tree_math.scale(0, updates), inner
-            moves, stepped = optax.tree.where(change.is_due(step), skipped, (moves, stepped))
-        moves, step = stay_on(alive, params, moves), optax.safe_increment(step)
+            due = change.is_due(step)
+            moves, stepped = tree_math.apply_if(~due, take, (_widen(updates, params), inner))
+            # Zero times the gradient, if it stands there still: what is not finite in it shows.
+            moves = tree_math.scale(jnp.where(due, 0, 1), moves)
+        else:
+            moves, stepped = take((updates, inner))
+        carry, step = (alive, stepped, left), optax.safe_increment(step)
+        moves = stay_on(alive, params, moves)
         if order == "after":
-            point = means.reached(params, moves)
-            alive, stepped, left = change.run(step, (alive, stepped, left), point, score_fn)
-            moves = stay_on(alive, params, moves)
+            moves, carry = change.run_after(step, moves, carry, params, score_fn)
+        alive, stepped, left = carry
         return moves, SparseTrainingState(step, left, alive, stepped)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -199,11 +194,26 @@ class _Change:
         """`carry`, which is mask, state of the optimiser, and key, changed if that is due."""
         if self.grow is None:
             return carry
-        return tree_math.apply_if(
-            self.is_due(step), lambda old: self._apply(step, *old, params, score_fn), carry
-        )
+        turn = functools.partial(self._apply, step, params, score_fn)
+        return tree_math.apply_if(self.is_due(step), turn, carry)
 
-    def _apply(self, step: Any, mask: Any, inner: Any, key: Any, params: Any, score_fn: Any) -> Any:
+    def run_after(
+        self, step: jax.Array, moves: Any, carry: Any, params: Any, score_fn: Any
+    ) -> tuple[optax.Updates, Any]:
+        """The same where `moves` lead, and the moves that lead to weights in the new mask."""
+
+        def turn(carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            # The moves are carried: of what is not, XLA would take the gradient in every step.
+            moves, rest = carry
+            rest = self._apply(step, means.reached(params, moves), score_fn, rest)
+            return stay_on(rest[0], params, moves), rest
+
+        if self.grow is None:
+            return moves, carry
+        return tree_math.apply_if(self.is_due(step), turn, (moves, carry))
+
+    def _apply(self, step: Any, params: Any, score_fn: Any, carry: tuple[Any, ...]) -> Any:
+        mask, inner, key = carry
         key, use = self.stream.split(key)
         scores = score_fn(params) if score_fn else rng.uniform_like(use, mask)
         fraction = value_at(self.fraction, step)
@@ -213,16 +223,19 @@ class _Change:
 
 
 def _step(
-    optimizer: Any, mask: Any, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]
+    optimizer: Any, mask: Any, params: Any, extra_args: dict[str, Any], carry: tuple[Any, Any]
 ) -> tuple[optax.Updates, optax.OptState]:
     """The optimiser's step, which sees the gradients of living weights alone."""
+    updates, state = carry
     grad_fn = extra_args.get("grad_fn")
     if callable(grad_fn):
         extra_args = extra_args | {"grad_fn": lambda p, i: keep_alive(mask, grad_fn(p, i))}
-    moves, state = optimizer.update(keep_alive(mask, updates), state, params, **extra_args)
-    # Of the dead only what is not finite in their gradient shows, not the 0 / 0 of Adam in float16.
-    moves = _map(lambda m, g, u: jnp.where(m, u, 0 * g).astype(u.dtype), mask, updates, moves)
-    return moves, state
+    return optimizer.update(keep_alive(mask, updates), state, params, **extra_args)
+
+
+def _widen(updates: optax.Updates, params: optax.Params) -> optax.Updates:
+    """The updates in a dtype that holds those of the parameters and theirs."""
+    return jax.tree.map(lambda u, w: u.astype(jnp.promote_types(u.dtype, w.dtype)), updates, params)
 
 
 def _score_fn(
@@ -246,18 +259,6 @@ def _when(order: str, start: int | None, every: int) -> Every:
     return Every.before_update(every if start is None else start, every)
 
 
-def _sparsities(sparsity: Any, distribution: Any, mask: Any) -> Callable[[optax.Params], Any]:
-    """The function from parameters to the sparsity of each leaf, None where dense."""
-    if isinstance(distribution, str) or distribution is None:
-        checks.check_choice("distribution", distribution, ("erk", "uniform"))
-        check_sparsity(sparsity)
-        make = erk_sparsities if distribution == "erk" else uniform_sparsities
-        return lambda params: make(params, sparsity, mask=mask)
-    for value in jax.tree.leaves(distribution):
-        check_sparsity(value)
-    return lambda _: distribution
-
-
 def _map(function: Callable[..., Any], mask: Any, *trees: Any) -> Any:
     """`function(mask, *leaves)` where there is a mask; the leaf of the last tree elsewhere."""
 
@@ -267,16 +268,8 @@ def _map(function: Callable[..., Any], mask: Any, *trees: Any) -> Any:
     return jax.tree.map(leaf, mask, *trees, is_leaf=tree_math.is_masked)
 
 
-def _map_sparse(function: Callable[..., Any], sparsities: Any, tree: Any) -> Any:
-    """`function(sparsity, leaf)` where there is a sparsity; else `optax.MaskedNode`."""
-
-    def leaf(sparsity: float | None, x: Any) -> Any:
-        return optax.MaskedNode() if sparsity is None else function(sparsity, x)
-
-    return jax.tree.map(leaf, sparsities, tree, is_leaf=lambda s: s is None)
-
-
-def _size(x: jax.Array) -> jax.Array:
-    """Absolute values; NaN is larger than all else, so that it is kept and shows."""
-    size = jnp.abs(x)
-    return jnp.where(jnp.isnan(size), jnp.inf, size)
+def _sizes(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """Absolute values in the mask; NaN, which is never taken, elsewhere, and inf where it is in."""
+    # The mask comes first: what does not depend on it XLA would compute in every step, loop or not.
+    size = jnp.abs(jnp.where(mask, x, 0))
+    return jnp.where(mask, jnp.where(jnp.isnan(size), jnp.inf, size), jnp.nan)

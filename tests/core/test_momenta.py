@@ -120,6 +120,50 @@ def test_every_momentum_of_optax_starts_anew(name: str):
     assert changed
 
 
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_single_entries_of_every_momentum_start_anew(name: str):
+    """Of what has the shape of its parameter, or is several of them; all else goes on."""
+    tx = OPTIMISERS[name]
+    params, state = _trained(tx)
+    fresh = tx.init(params)
+    chosen = jnp.zeros((4, 6), bool).at[1, 2].set(True)
+    entries = {"kernel": chosen, "bias": optax.MaskedNode()}
+    renewed = momenta.reset_entries(state, fresh, entries, params)
+    assert jax.tree.structure(renewed) == jax.tree.structure(state)
+    reset = momenta.reset(state, fresh, params)
+    paths = jax.tree_util.tree_leaves_with_path(state)
+    others = map(jax.tree.leaves, (renewed, reset, fresh))
+    found = 0
+    for (path, own), now, gone, first in zip(paths, *others, strict=True):
+        is_kernel = own.shape[-2:] == (4, 6) and "kernel" in jax.tree_util.keystr(path)
+        # What a whole reset takes and is no point of the weights: those have no zero to go back to.
+        if is_kernel and now.dtype == first.dtype and not _same(gone, own) and not _same(now, own):
+            found += 1
+            np.testing.assert_array_equal(now, jnp.where(chosen, first, own))
+        else:
+            np.testing.assert_array_equal(now, own)
+    has_entries = any(x.shape[-2:] == (4, 6) for x in jax.tree.leaves(_momenta(state)))
+    assert bool(found) == has_entries
+
+
+def _momenta(state: Any) -> list[Any]:
+    """The fields that are momenta, of every state inside."""
+    return [getattr(s, f) for s in _named(state) for f in s._fields if momenta._is_momentum(f)]
+
+
+def test_entries_below_masks_of_partitions_start_anew():
+    rates = {"kernel": optax.adam(0.1), "bias": optax.sgd(0.1, momentum=0.9)}
+    tx = optax.partition(rates, {"kernel": "kernel", "bias": "bias"})
+    params, state = _trained(tx)
+    chosen = jnp.ones((4, 6), bool)
+    entries = {"kernel": chosen, "bias": optax.MaskedNode()}
+    renewed = momenta.reset_entries(state, tx.init(params), entries, params)
+    adam = renewed.inner_states["kernel"].inner_state[0]
+    assert not jnp.any(adam.mu["kernel"])
+    assert adam.count == 3
+    assert jnp.all(renewed.inner_states["bias"].inner_state[0].trace["bias"])
+
+
 def test_no_optimiser_with_momenta_is_missing():
     """Whatever transformation of optax keeps a field that is a momentum stands in the table."""
     known = {type(s) for tx in OPTIMISERS.values() for s in _named(tx.init(PARAMS))}
