@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -22,6 +23,7 @@ PLOTS = Path(__file__).parent / "plots"
 DOCS = Path(__file__).parent.parent / "docs"
 COLUMNS = 3
 WIDTH = 10.0  # In inches: a page shows it at 80 dots an inch or so.
+MARKERS = ("", "o", "s", "D", "^")
 TITLES = {"mlp": "an MLP", "cnn": "a CNN", "transformer": "a Transformer"}
 LIBRARIES = {
     "flatopt": COLOURS[1],
@@ -136,8 +138,31 @@ def whole_run(results: dict[str, Any]) -> Figure:
     return figure
 
 
+def sparse(results: dict[str, Any]) -> Figure:
+    """Test accuracy and the top eigenvalue over the share of weights that are off."""
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.2), layout="constrained")
+    looks = dict(zip(dict.fromkeys(a["method"] for a in results["arms"]), MARKERS, strict=True))
+    for number, (method, marker) in enumerate(looks.items()):
+        found = [arm for arm in results["arms"] if arm["method"] == method]
+        for axis, field, unit in ((axes[0], "accuracy", 100), (axes[1], "top_eigenvalue", 1)):
+            values = [report.Estimate.of(unit * np.array(arm[field])) for arm in found]
+            means, errors = [v.mean for v in values], [v.error or 0 for v in values]
+            if len(found) == 1:  # The whole network is off nowhere.
+                axis.axhline(means[0], color=COLOURS[number], linestyle="--", label=method)
+                continue
+            off = [f"{100 * arm['sparsity']:g}" for arm in found]
+            axis.errorbar(off, means, errors, color=COLOURS[number], marker=marker, label=method)
+    axes[0].set(title="Test accuracy", xlabel="weights that are off, %", ylabel="%")
+    axes[1].set(title="Sharpness: top eigenvalue", xlabel="weights that are off, %", yscale="log")
+    tick_powers(axes[1].yaxis)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, ncols=len(names), loc="outside lower center")
+    return figure
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "scaling": scaling,
+    "sparse": sparse,
     "step_time": step_time,
     "whole_run": whole_run,
 }

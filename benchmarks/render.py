@@ -20,6 +20,7 @@ from benchmarks import (
     local_entropy,
     memory,
     scaling,
+    sparse,
     step_time,
     whole_run,
 )
@@ -187,6 +188,7 @@ _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "memory": memory.lines,
     "perceptron": _perceptron,
     "scaling": scaling.lines,
+    "sparse": sparse.lines,
     "step_time": step_time.lines,
     "whole_run": whole_run.lines,
 }

@@ -23,6 +23,7 @@ from benchmarks import (
     peers,
     render,
     scaling,
+    sparse,
     step_time,
     timing,
     whole_run,
@@ -288,3 +289,27 @@ def test_a_target_without_its_package_is_refused(monkeypatch, capsys):
 def test_a_table_without_results_is_empty(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(render, "RESULTS", tmp_path)
     assert render.table("step_time_mlp", "../") == ""
+
+
+def test_the_dense_network_beside_a_sparse_one_has_as_many_weights():
+    whole = (64, 128, 128, 10)
+    assert sparse.narrow(whole, 0.0) == whole
+    for off in sparse.SPARSITIES:
+        narrow = sparse.narrow(whole, off)
+        target = (1 - off) * sparse.number_of_weights(whole)
+        assert sparse.number_of_weights(narrow) == pytest.approx(target, rel=0.1)
+        assert (narrow[0], narrow[-1]) == (64, 10)
+
+
+def test_the_comparison_of_sparse_networks_in_small(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(sparse, "HIDDEN", (8, 8))
+    monkeypatch.setattr(sparse, "TIMED", {"mlp": lambda: _tiny("mlp")})
+    flags = ["--steps=8", "--seeds=2", "--train-size=40", "--sparsities=0.5", "--rounds=1"]
+    sparse.main([*flags, "--json", str(tmp_path / "sparse_digits.json")])
+    results = json.loads((tmp_path / "sparse_digits.json").read_text())
+    assert [arm["method"] for arm in results["arms"]] == [sparse.FULL, *sparse.GROW, sparse.DENSE]
+    weights = {arm["method"]: arm["weights"] for arm in results["arms"]}
+    # Half of 656, and in each of three layers not a weight less than its share.
+    assert all(328 <= n <= 331 for n in weights["RigL"] + weights["static mask"])
+    assert len(sparse.lines(results)) == 2 + 5 + 3 + 4
+    assert [path.name for path in draw.draw(tmp_path, tmp_path)] == ["sparse_digits.png"]
