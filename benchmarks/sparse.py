@@ -33,7 +33,11 @@ MOMENTUM = 0.9
 # The usual values of the RigL paper, at the length of this run: a change every 100 steps.
 FRACTION, EVERY, STOP = 0.3, 100, 0.75
 RHO = 0.05  # Of SAM's sharpness.
-TIMED = {"mlp": models.mlp, "cnn": models.cnn, "transformer": models.transformer}
+TIMED: dict[str, Callable[[], models.Problem]] = {
+    "mlp": models.mlp,
+    "cnn": models.cnn,
+    "transformer": models.transformer,
+}
 NEVER = 2**30  # Updates between two changes, where a step without one is timed.
 
 
@@ -136,7 +140,7 @@ def arms(dataset: datasets.Dataset, args: argparse.Namespace) -> list[dict[str, 
     test = jnp.array(x[split.test_rows]), jnp.array(dataset.labels[split.test_rows])
     batches = jnp.stack([_order(seed, args) for seed in seeds])
     whole = (x.shape[1], *HIDDEN, dataset.classes)
-    plan = [(FULL, 0.0, whole)]
+    plan: list[tuple[str, float, tuple[int, ...]]] = [(FULL, 0.0, whole)]
     for sparsity in args.sparsities:
         plan += [(method, sparsity, whole) for method in GROW]
         plan += [(DENSE, sparsity, narrow(whole, sparsity))]
