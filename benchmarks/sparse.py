@@ -30,7 +30,7 @@ SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 GROW = {"static mask": None, "SET": "random", "RigL": "gradient"}
 DENSE, FULL = "dense, as many weights", "dense, all weights"
 MOMENTUM = 0.9
-# The usual values of the RigL paper, at the length of this run: a change every 100 steps.
+# Fraction and period are the defaults of the authors' program.
 FRACTION, EVERY, STOP = 0.3, 100, 0.75
 RHO = 0.05  # Of SAM's sharpness.
 TIMED: dict[str, Callable[[], models.Problem]] = {
