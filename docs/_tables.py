@@ -15,6 +15,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator
 
 import flatopt
+from flatopt._core import registry
 from tests import cases
 
 # The folder of a function's file says its family; a heading says what the family is.
@@ -144,7 +145,10 @@ def _table(rows: Iterable[cases.Case]) -> str:
         cells = [f"{{py:func}}`~flatopt.{case.factory}`", _summary(function)]
         cells += [f"${formula}$" if formula else ""] * formulas
         cells += [_cost(function, case)]
-        cells += ["yes" if case.needs_grad_fn else "no"] * whole
+        if whole:
+            method = flatopt.methods().get(case.factory)
+            needs = case.needs_grad_fn if method is None else "grad_fn" in method.needs
+            cells.append("yes" if needs else "no")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -162,9 +166,8 @@ def _to_markdown(text: str) -> str:
 
 def _cost(function: Callable[..., typing.Any], case: cases.Case) -> str:
     """The docstring's own line, or what the tests count."""
-    section = re.search(r"^Cost:\s+(.*?)(?:\n\n|\Z)", inspect.getdoc(function) or "", re.M | re.S)
-    if section:
-        return _to_markdown(section[1]).rstrip(".")
+    if told := registry.cost_of(function):
+        return _to_markdown(told).rstrip(".")
     gradients, copies = case.extra_evaluations / 10, f"{max(case.copies, 0):g} copies"
     if case.kind in PIECES:
         return copies

@@ -5,6 +5,7 @@ Averages                swa, params_ema, lawa, swag, lookahead, ...: which weigh
 Local entropy           local_entropy, entropy_sgd, langevin: a Langevin loop around the weights
 Replicas                replicated_sgd, parle, gossip, ...: several copies that attract each other
 Sparse training         sparse_training: few weights, and which ones is learnt (RigL, SET)
+By name                 methods(): what there is, for scripts and trainers that choose by a string
 Evaluation              eval_params(opt_state, params): the weights to evaluate, for all of these
 Monitoring              record_sharpness, record_cosine, ...: numbers about a run, in its state
 flatopt.measures        how flat is it? eigenvalues, sharpness, local energy, barriers
@@ -37,6 +38,7 @@ from flatopt._averaging.swag import SwagCovariance, SwagState, sample_params, sw
 from flatopt._averaging.wasam import wasam
 from flatopt._core.eval_params import HoldsEvalParams, eval_params, holds_eval_params
 from flatopt._core.grad_fn import GradFn, GradientFunction, make_grad_fn
+from flatopt._core.registry import Method, methods
 from flatopt._entropy.entropy_sgd import entropy_sgd
 from flatopt._entropy.exponential_scoping import exponential_scoping
 from flatopt._entropy.langevin import langevin
@@ -104,6 +106,9 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     "holds_eval_params",
     "HoldsEvalParams",
     "make_grad_fn",
+    # by name
+    "Method",
+    "methods",
     # SAM and its family: pieces
     "filter_noise",
     "gradient_at",

@@ -32,6 +32,7 @@ RECIPES = {
     "_replicas.replicated_sgd": {"_replicas.hold_replicas", "_replicas.couple_replicas"},
 }
 CORE = [
+    "registry",
     "tree_math",
     "checks",
     "progress",

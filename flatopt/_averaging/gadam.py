@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._averaging.swa import swa
-from flatopt._core import checks, stage
+from flatopt._core import checks, registry, stage
 
 
 class PadamState(NamedTuple):
@@ -43,6 +43,7 @@ def padam_step(
     return jax.tree.map(leaf, mu, nu_max), PadamState(t, *kept)
 
 
+@registry.method("optimizer")
 def gadam(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -86,6 +87,7 @@ def gadam(
     return _averaged("gadam", step, learning_rate, weight_decay, mean)
 
 
+@registry.method("optimizer")
 def gadamx(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._averaging import ring as _ring
-from flatopt._core import checks, means, stage, tree_math
+from flatopt._core import checks, means, registry, stage, tree_math
 from flatopt._core.timing import Every
 
 
@@ -46,6 +46,7 @@ def mean_of_latest(ring: optax.Params, number: jax.Array) -> optax.Params:
     return jax.tree.map(leaf, ring)
 
 
+@registry.method("average")
 def lawa(
     window: int,
     *,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, means, momenta, tree_math
+from flatopt._core import checks, means, momenta, registry, tree_math
 from flatopt._core.timing import Every, value_at
 
 
@@ -36,6 +36,7 @@ def synchronise(slow: optax.Params, fast: optax.Params, alpha: Any) -> optax.Par
     return means.towards(slow, fast, alpha)
 
 
+@registry.method("wrapper")
 def lookahead(
     optimizer: optax.GradientTransformation,
     *,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._averaging.running_mean import running_mean
-from flatopt._core import checks
+from flatopt._core import checks, registry
 from flatopt._core.timing import value_at
 
 
@@ -28,6 +28,7 @@ def share_after_first(c: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Ar
     return jnp.ones_like(total), jnp.where(total > 0, c, 1)
 
 
+@registry.method("average")
 def params_ema(
     decay: optax.ScalarOrSchedule,
     *,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flatopt._core import checks, means, momenta
+from flatopt._core import checks, means, momenta, registry
 from flatopt._core.timing import LAST, Every
 
 
@@ -51,6 +51,7 @@ def ends_period(step: jax.Array, begin: int, period: int | Sequence[int]) -> jax
     return jnp.isin(step, jnp.array(ends, jnp.int32))
 
 
+@registry.method("wrapper")
 def periodic_swa(
     optimizer: optax.GradientTransformation,
     period: int | Sequence[int],

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._averaging.running_mean import running_mean
-from flatopt._core import checks
+from flatopt._core import checks, registry
 from flatopt._core.timing import value_at
 
 
@@ -16,6 +16,7 @@ def power_share(exponent: Any, number: jax.Array) -> jax.Array:
     return -jnp.expm1((exponent + 1) * jnp.log1p(-1 / number))
 
 
+@registry.method("average")
 def power_ema(
     exponent: optax.ScalarOrSchedule,
     *,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._averaging import ring
-from flatopt._core import checks, stage
+from flatopt._core import checks, registry, stage
 from flatopt._core.timing import Every
 
 
@@ -27,6 +27,7 @@ class SnapshotsState(NamedTuple):
     ring: optax.Params
 
 
+@registry.method("average")
 def snapshots(
     number: int,
     *,

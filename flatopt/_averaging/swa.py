@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from flatopt._averaging.running_mean import running_mean
-from flatopt._core import checks
+from flatopt._core import checks, registry
 
 _SHAPES = ("cosine", "linear")
 
@@ -18,6 +18,7 @@ def equal_share(total: jax.Array) -> tuple[jax.Array, jax.Array]:
     return total + 1, 1 / (total + 1)
 
 
+@registry.method("average")
 def swa(
     *, start: int | None = None, every: int | None = None, accumulator_dtype: Any = None
 ) -> optax.GradientTransformationExtraArgs:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._averaging import ring as _ring
-from flatopt._core import checks, means, stage, tree_math
+from flatopt._core import checks, means, registry, stage, tree_math
 from flatopt._core.timing import Every
 
 
@@ -88,6 +88,7 @@ def displace(state: SwagState, z1: optax.Params, z2: jax.Array, scale: Any) -> o
     return jax.tree.map(leaf, state.mean, state.variance, low_rank_factors(state), z1)
 
 
+@registry.method("average")
 def swag(
     rank: int,
     *,

@@ -5,10 +5,11 @@ from typing import Any
 import optax
 
 from flatopt._averaging.swa import swa
-from flatopt._core import checks
+from flatopt._core import checks, registry
 from flatopt._sam.sam import sam
 
 
+@registry.method("wrapper", needs=("grad_fn",))
 def wasam(
     optimizer: optax.GradientTransformation,
     rho: optax.ScalarOrSchedule,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, rng, tree_math
+from flatopt._core import checks, registry, rng, tree_math
 from flatopt._entropy.local_entropy import (
     InnerStep,
     LocalEntropyState,
@@ -95,6 +95,7 @@ class EntropySgdState(NamedTuple):
     local_entropy_state: LocalEntropyState
 
 
+@registry.method("optimizer", needs=("grad_fn",))
 def entropy_sgd(
     learning_rate: optax.ScalarOrSchedule,
     num_steps: int,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, rng, tree_math
+from flatopt._core import checks, registry, rng, tree_math
 from flatopt._core.timing import value_at
 
 
@@ -66,6 +66,7 @@ def thermal_noise(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@registry.method("optimizer")
 def langevin(
     learning_rate: optax.ScalarOrSchedule,
     temperature: optax.ScalarOrSchedule,

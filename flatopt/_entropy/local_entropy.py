@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, rng, tree_math
+from flatopt._core import checks, registry, rng, tree_math
 from flatopt._core.timing import value_at
 from flatopt._entropy.langevin import thermal_noise
 
@@ -77,6 +77,7 @@ class LocalEntropyState(NamedTuple):
     noise_state: optax.OptState
 
 
+@registry.method("stage", needs=("grad_fn",))
 def local_entropy(
     num_steps: int,
     gamma: optax.ScalarOrSchedule,

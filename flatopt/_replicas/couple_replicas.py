@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, tree_math
+from flatopt._core import checks, registry, tree_math
 from flatopt._core.timing import Every, value_at
 from flatopt._replicas.replicas import (
     AxisName,
@@ -51,6 +51,7 @@ def balancing_strength(value: Any, params: optax.Params, axis_name: AxisName) ->
     return tree_math.ratio_or_zero(value, energy).astype(jnp.result_type(float))
 
 
+@registry.method("stage")
 def couple_replicas(
     strength: optax.ScalarOrSchedule,
     *,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flatopt._core import checks, tree_math
+from flatopt._core import checks, registry, tree_math
 from flatopt._replicas.replicas import (
     AxisName,
     for_each,
@@ -140,6 +140,7 @@ def move_from_mixed(
     return on_means(lambda u, new, old: u + (new - old), moves, mixed, params)
 
 
+@registry.method("wrapper")
 def gossip(
     optimizer: optax.GradientTransformation,
     mixing: str | np.ndarray | jax.Array,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, rng
+from flatopt._core import checks, registry, rng
 from flatopt._core.eval_params import eval_params
 from flatopt._core.grad_fn import GradientFunction
 from flatopt._replicas.replicas import barycentre, replicate_params
@@ -51,6 +51,7 @@ def evaluation_number(j: Any, replica: Any, number: int) -> Any:
     return number - 1 + j * number + replica
 
 
+@registry.method("wrapper")
 def hold_replicas(
     optimizer: optax.GradientTransformation,
     number: int,

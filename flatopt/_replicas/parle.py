@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, means
+from flatopt._core import checks, means, registry
 from flatopt._core.timing import Every, value_at
 from flatopt._replicas.replicas import (
     AxisName,
@@ -64,6 +64,7 @@ def running_mean(z: optax.Params, y: optax.Params, a: Any) -> optax.Params:
     return on_means(lambda z, y: a * z + (1 - a) * y, z, y)
 
 
+@registry.method("optimizer")
 def parle(
     learning_rate: optax.ScalarOrSchedule,
     gamma: optax.ScalarOrSchedule,

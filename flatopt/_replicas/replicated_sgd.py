@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, rng
+from flatopt._core import checks, registry, rng
 from flatopt._replicas.couple_replicas import couple_replicas
 from flatopt._replicas.hold_replicas import hold_replicas
 
@@ -12,6 +12,7 @@ KINDS = ("exponential", "linear", "cosine")
 _AXIS = "replicas"
 
 
+@registry.method("wrapper", needs=("grad_fn",))
 def replicated_sgd(
     optimizer: optax.GradientTransformation,
     number: int,

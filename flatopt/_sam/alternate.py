@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, tree_math
+from flatopt._core import checks, registry, tree_math
 
 
 class AlternateState(NamedTuple):
@@ -46,6 +46,7 @@ def way_to(target: Any, params: Any, updates: Any) -> optax.Updates:
     return jax.tree.map(lambda t, p, u: (t - p).astype(u.dtype), target, params, updates)
 
 
+@registry.method("wrapper")
 def alternate(
     optimizer: optax.GradientTransformation, perturbation: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, rng, tree_math
+from flatopt._core import checks, registry, rng, tree_math
 from flatopt._core.timing import nonnegative_at, value_at
 from flatopt._sam.noise import filter_norms, filter_squares, standard_normal
 
@@ -103,6 +103,7 @@ def adaptive_filter_noise(
     return optax.GradientTransformationExtraArgs(_init(noise, filter_axis), update_fn)
 
 
+@registry.method("stage", needs=("grad_fn",))
 def arwp(
     std: optax.ScalarOrSchedule,
     *,

@@ -4,10 +4,12 @@ from typing import Any
 
 import optax
 
+from flatopt._core import registry
 from flatopt._sam.ascent import scale_to_adaptive_norm
 from flatopt._sam.gradient_at import ascent_stage
 
 
+@registry.method("stage", needs=("grad_fn",))
 def asam(
     rho: optax.ScalarOrSchedule,
     eta: optax.ScalarOrSchedule = 0.01,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, rng, tree_math
+from flatopt._core import checks, registry, rng, tree_math
 from flatopt._sam.ascent import scale_to_norm
 from flatopt._sam.gradient_at import ascent_stage
 
@@ -193,6 +193,7 @@ def make_selective_grad_fn(
     return SelectiveGradFn(losses_fn, args, clean_losses, share, strict)
 
 
+@registry.method("stage", needs=("grad_fn",))
 def esam(
     rho: optax.ScalarOrSchedule,
     *,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks
+from flatopt._core import checks, registry
 from flatopt._core.timing import value_at
 from flatopt._sam.ascent import (
     GradientEmaState,
@@ -63,6 +63,7 @@ def subtract_gradient_ema(
     return gradient_ema_direction(direction, accumulator_dtype)
 
 
+@registry.method("stage", needs=("grad_fn",))
 def friendly_sam(
     rho: optax.ScalarOrSchedule,
     *,

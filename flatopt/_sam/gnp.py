@@ -2,12 +2,13 @@
 
 import optax
 
-from flatopt._core import checks
+from flatopt._core import checks, registry
 from flatopt._sam.ascent import scale_to_norm
 from flatopt._sam.combiners import mix_clean
 from flatopt._sam.gradient_at import ascent_stage
 
 
+@registry.method("stage", needs=("grad_fn",))
 def gnp(
     rho: optax.ScalarOrSchedule,
     alpha: optax.ScalarOrSchedule = 0.8,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, stage
+from flatopt._core import checks, registry, stage
 from flatopt._core.grad_fn import GradientFunction
 from flatopt._core.timing import Every
 
@@ -25,6 +25,7 @@ class GradientAtState(NamedTuple):
     combiner_state: optax.OptState
 
 
+@registry.method("stage", needs=("grad_fn",))
 def gradient_at(
     perturbation: optax.GradientTransformation,
     *,

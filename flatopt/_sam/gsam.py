@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, stage, tree_math
+from flatopt._core import checks, registry, stage, tree_math
 from flatopt._sam.ascent import climb_to_norm, scale_to_norm
 from flatopt._sam.gradient_at import ascent_stage
 
@@ -108,6 +108,7 @@ def proportional_rho_schedule(
     return schedule
 
 
+@registry.method("stage", needs=("grad_fn",))
 def gsam(
     rho: optax.ScalarOrSchedule,
     alpha: optax.ScalarOrSchedule = 0.4,

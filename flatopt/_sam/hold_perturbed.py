@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from flatopt._core import checks, tree_math
+from flatopt._core import checks, registry, tree_math
 
 
 class HoldPerturbedState(NamedTuple):
@@ -31,6 +31,7 @@ def change_offset(update: Any, old: Any, new: Any) -> optax.Updates:
     return jax.tree.map(lambda u, o, n: (u + (n - o)).astype(u.dtype), update, old, new)
 
 
+@registry.method("wrapper")
 def hold_perturbed(
     optimizer: optax.GradientTransformation, perturbation: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, stage, tree_math
+from flatopt._core import checks, registry, stage, tree_math
 from flatopt._sam.ascent import finite_norm
 from flatopt._sam.gradient_at import ascent_stage
 
@@ -49,6 +49,7 @@ def scale_to_loss_rise(
     return stage.perturbation(climb_to_loss_rise, budget=budget, max_rho=max_rho)
 
 
+@registry.method("stage", needs=("grad_fn",))
 def le_sam(
     budget: optax.ScalarOrSchedule,
     max_rho: optax.ScalarOrSchedule,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, means, stage, tree_math
+from flatopt._core import checks, means, registry, stage, tree_math
 from flatopt._core.grad_fn import GradientFunction
 from flatopt._core.timing import Every, value_at
 from flatopt._sam.ascent import climb_to_norm, scale_to_norm
@@ -84,6 +84,7 @@ class ReuseDirectionState(NamedTuple):
     direction: optax.Updates
 
 
+@registry.method("stage", needs=("grad_fn",))
 def reuse_direction(
     perturbation: optax.GradientTransformation,
     *,
@@ -167,6 +168,7 @@ def _zeros(param: jax.Array, dtype: Any) -> jax.Array:
     return jnp.zeros_like(param, None if dtype is None else means.with_complex(dtype, own))
 
 
+@registry.method("stage", needs=("grad_fn",))
 def looksam(
     rho: optax.ScalarOrSchedule,
     *,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, momenta, tree_math
+from flatopt._core import checks, momenta, registry, tree_math
 from flatopt._core.timing import value_at
 
 
@@ -47,6 +47,7 @@ def shift_offset(
     return jax.tree.map(leaf, update, old_momentum, momentum)
 
 
+@registry.method("wrapper")
 def msam(
     optimizer: optax.GradientTransformation, rho: optax.ScalarOrSchedule
 ) -> optax.GradientTransformationExtraArgs:
@@ -84,6 +85,7 @@ def msam(
     return _displaced(optimizer, rho, old_momentum)
 
 
+@registry.method("optimizer")
 def msam_sgd(
     learning_rate: optax.ScalarOrSchedule,
     rho: optax.ScalarOrSchedule,

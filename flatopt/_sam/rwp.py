@@ -2,12 +2,14 @@
 
 import optax
 
+from flatopt._core import registry
 from flatopt._core.rng import KeyLike
 from flatopt._sam.combiners import mix_clean
 from flatopt._sam.gradient_at import ascent_stage
 from flatopt._sam.noise import filter_noise
 
 
+@registry.method("stage", needs=("grad_fn",))
 def rwp(
     std: optax.ScalarOrSchedule,
     *,

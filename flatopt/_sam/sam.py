@@ -2,11 +2,12 @@
 
 import optax
 
-from flatopt._core import checks
+from flatopt._core import checks, registry
 from flatopt._sam.ascent import scale_to_norm
 from flatopt._sam.gradient_at import ascent_stage
 
 
+@registry.method("stage", needs=("grad_fn",))
 def sam(
     rho: optax.ScalarOrSchedule, *, start: int | None = None, every: int | None = None
 ) -> optax.GradientTransformationExtraArgs:

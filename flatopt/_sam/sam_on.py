@@ -5,11 +5,12 @@ from typing import Any
 import jax
 import optax
 
-from flatopt._core import checks
+from flatopt._core import checks, registry
 from flatopt._sam.ascent import mask_displacement, scale_to_norm
 from flatopt._sam.gradient_at import ascent_stage
 
 
+@registry.method("stage", needs=("grad_fn",))
 def sam_on(
     rho: optax.ScalarOrSchedule,
     *,

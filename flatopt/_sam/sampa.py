@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, tree_math
+from flatopt._core import checks, registry, tree_math
 from flatopt._core.grad_fn import GradientFunction
 from flatopt._core.timing import value_at
 from flatopt._sam import combiners
@@ -62,6 +62,7 @@ class SampaState(NamedTuple):
     gradient: optax.Updates
 
 
+@registry.method("wrapper", needs=("grad_fn",))
 def sampa(
     optimizer: optax.GradientTransformation,
     rho: optax.ScalarOrSchedule,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, quantile, rng, tree_math
+from flatopt._core import checks, quantile, registry, rng, tree_math
 from flatopt._sam.ascent import mask_displacement, scale_to_norm
 from flatopt._sam.gradient_at import ascent_stage
 
@@ -35,6 +35,7 @@ def add_squares(total: Any, grads: Any) -> Any:
     return jax.tree.map(lambda t, g: t + tree_math.square(g).astype(t.dtype), total, grads)
 
 
+@registry.method("stage", needs=("grad_fn",))
 def sparse_sam(
     rho: optax.ScalarOrSchedule,
     mask: Any,

@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from flatopt._core import checks
+from flatopt._core import checks, registry
 from flatopt._core.timing import value_at
 from flatopt._sam.ascent import (
     GradientEmaState,
@@ -52,6 +52,7 @@ def smooth_gradient(
     return gradient_ema_direction(direction, accumulator_dtype)
 
 
+@registry.method("stage", needs=("grad_fn",))
 def vasso(
     rho: optax.ScalarOrSchedule,
     *,

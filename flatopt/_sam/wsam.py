@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, tree_math
+from flatopt._core import checks, registry, tree_math
 from flatopt._core.stage import off_when_zero
 from flatopt._core.timing import value_at
 from flatopt._sam.ascent import scale_to_adaptive_norm, scale_to_norm
@@ -45,6 +45,7 @@ class WsamState(NamedTuple):
     inner_state: optax.OptState
 
 
+@registry.method("wrapper", needs=("grad_fn",))
 def wsam(
     optimizer: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, tree_math
+from flatopt._core import checks, registry, tree_math
 from flatopt._core.quantile import quantile as quantile_of
 from flatopt._sam.ascent import scale_to_norm
 from flatopt._sam.gradient_at import ascent_stage
@@ -64,6 +64,7 @@ def keep_large_zscores(
     return optax.with_extra_args_support(optax.stateless(keep))
 
 
+@registry.method("stage", needs=("grad_fn",))
 def zsharp(
     rho: optax.ScalarOrSchedule,
     *,

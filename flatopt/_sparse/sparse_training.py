@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, means, momenta, quantile, rng, tree_math
+from flatopt._core import checks, means, momenta, quantile, registry, rng, tree_math
 from flatopt._core.timing import LAST, Every, value_at
 from flatopt._sparse.densities import draw_mask, sparsities_by
 
@@ -80,6 +80,7 @@ def stay_on(mask: Any, params: optax.Params, updates: optax.Updates) -> optax.Up
     )
 
 
+@registry.method("wrapper")
 def sparse_training(
     optimizer: optax.GradientTransformation,
     sparsity: float | None,
