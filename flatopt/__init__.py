@@ -7,7 +7,7 @@ Replicas                replicated_sgd, parle, gossip, ...: several copies that 
 Sparse training         sparse_training: few weights, and which ones is learnt (RigL, SET)
 By name                 methods(): what there is, for scripts and trainers that choose by a string
 Evaluation              eval_params(opt_state, params): the weights to evaluate, for all of these
-Monitoring              record_sharpness, record_cosine, ...: numbers about a run, in its state
+Monitoring              record_distance, record_cosine, ...: numbers about a run, in its state
 flatopt.measures        how flat is it? eigenvalues, sharpness, local energy, barriers
 flatopt.curves          low-loss paths between solutions
 flatopt.landscape       the loss along lines and planes; flatopt.plots draws it (matplotlib)
@@ -47,11 +47,9 @@ from flatopt._monitoring import (
     CosineState,
     DistanceState,
     GradientNormState,
-    SharpnessState,
     record_cosine,
     record_distance,
     record_gradient_norm,
-    record_sharpness,
 )
 from flatopt._replicas.couple_replicas import couple_replicas
 from flatopt._replicas.gossip import gossip, mixing_matrix
@@ -69,7 +67,7 @@ from flatopt._sam.esam import drop_displacement, esam, make_selective_grad_fn, s
 from flatopt._sam.friendly_sam import friendly_sam, subtract_gradient_ema
 from flatopt._sam.functional_sam import functional_value_and_grad
 from flatopt._sam.gnp import gnp
-from flatopt._sam.gradient_at import gradient_at
+from flatopt._sam.gradient_at import SharpnessState, gradient_at
 from flatopt._sam.gsam import gsam, proportional_rho_schedule, scale_to_weighted_norm, surrogate_gap
 from flatopt._sam.hold_perturbed import HoldPerturbedState, hold_perturbed
 from flatopt._sam.le_sam import le_sam, scale_to_loss_rise
@@ -116,6 +114,7 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     "mix_clean",
     "scale_to_adaptive_norm",
     "scale_to_norm",
+    "SharpnessState",
     "standard_normal",
     # SAM and its family: a paper a file
     "adaptive_filter_noise",
@@ -218,8 +217,6 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     "record_cosine",
     "record_distance",
     "record_gradient_norm",
-    "record_sharpness",
-    "SharpnessState",
 ]
 
 # Loaded when they are first named: most training runs need none of them.

@@ -20,22 +20,6 @@ class GradientNormState(NamedTuple):
     gradient_norm: jax.Array
 
 
-class SharpnessState(NamedTuple):
-    """State of `record_sharpness`.
-
-    Attributes:
-      step: int32 scalar, number of perturbed updates so far.
-      sharpness: of the last perturbed update, 0 before the first.
-      perturbation_state: state of the perturbation.
-      combiner_state: state of the combiner, `optax.EmptyState()` without one.
-    """
-
-    step: jax.Array
-    sharpness: jax.Array
-    perturbation_state: optax.OptState
-    combiner_state: optax.OptState
-
-
 class DistanceState(NamedTuple):
     """State of `record_distance`.
 
@@ -58,19 +42,6 @@ class CosineState(NamedTuple):
 
     cosine: jax.Array
     inner_state: optax.OptState
-
-
-def rise_by_trapezium(displacement: Any, clean: Any, perturbed: Any) -> jax.Array:
-    r""":math:`\tfrac12 \, \epsilon \cdot (g + g')`: a loss from its gradients at both ends."""
-    rise = tree_math.vdot(displacement, clean) + tree_math.vdot(displacement, perturbed)
-    return rise / 2
-
-
-def cosine(tree: Any, other: Any) -> jax.Array:
-    r""":math:`x \cdot y / (\|x\| \|y\|)`; 0 where one of them is zero."""
-    # Apart, so that the product of two small norms does not vanish in half precision.
-    lengths = [tree_math.norm(x) + tree_math.EPSILON for x in (tree, other)]
-    return tree_math.vdot(tree, other) / lengths[0] / lengths[1]
 
 
 def record_gradient_norm() -> optax.GradientTransformationExtraArgs:
@@ -104,73 +75,6 @@ def record_gradient_norm() -> optax.GradientTransformationExtraArgs:
     ) -> tuple[optax.Updates, GradientNormState]:
         del params, extra_args
         return updates, GradientNormState(tree_math.norm(updates).astype(state.gradient_norm.dtype))
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def record_sharpness(
-    perturbation: optax.GradientTransformation,
-    *,
-    combiner: optax.GradientTransformation | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps SAM's sharpness, from the two gradients that SAM has anyway; exact on a quadratic.
-
-    .. math:: L(w + \epsilon) - L(w) \approx \tfrac12 \, \epsilon^\top (g(w) + g(w + \epsilon))
-
-    Args:
-      perturbation: that of the `gradient_at`, of one step, in which this stands as combiner.
-      combiner: what to combine the gradients with besides; None: nothing. Static.
-
-    Returns:
-      A combiner that passes the perturbed gradient through, or what `combiner` makes of it. Read
-      `optax.tree.get(opt_state, "sharpness")`.
-
-    Examples:
-      >>> import jax.numpy as jnp, optax, flatopt
-      >>> ascent, w = flatopt.scale_to_norm(0.1), jnp.array([3.0, 4.0])
-      >>> tx = flatopt.gradient_at(ascent, combiner=flatopt.record_sharpness(ascent))
-      >>> grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * jnp.sum(w**2))
-      >>> _, opt_state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
-      >>> print(f"{optax.tree.get(opt_state, 'sharpness'):.4f}")  # (5.1^2 - 5^2) / 2
-      0.5050
-
-    References:
-      As for `sam`.
-
-    Cost: 0 extra gradients; 0 copies (+1 temporary), and a second state of the perturbation.
-    """
-    perturbation = checks.as_transformation("perturbation", perturbation)
-    inner = checks.as_transformation("combiner", combiner or optax.identity())
-
-    def init_fn(params: optax.Params) -> SharpnessState:
-        flat = jnp.zeros([], tree_math.scalar_dtype(params))
-        step = jnp.zeros([], jnp.int32)
-        return SharpnessState(step, flat, perturbation.init(params), inner.init(params))
-
-    def update_fn(
-        updates: Any,
-        state: SharpnessState,
-        params: Any = None,
-        *,
-        clean_updates: Any = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, SharpnessState]:
-        if clean_updates is None:
-            raise ValueError(
-                "flatopt.record_sharpness compares two gradients, and has only one here. Use it as "
-                "combiner: flatopt.gradient_at(perturbation, "
-                "combiner=flatopt.record_sharpness(perturbation))."
-            )
-        # The displacement a second time, from the clean gradient.
-        displacement, perturbation_state = perturbation.update(
-            clean_updates, state.perturbation_state, params, **{**extra_args, "step": state.step}
-        )
-        rise = rise_by_trapezium(displacement, clean_updates, updates)
-        updates, combiner_state = inner.update(
-            updates, state.combiner_state, params, clean_updates=clean_updates, **extra_args
-        )
-        step, rise = optax.safe_increment(state.step), rise.astype(state.sharpness.dtype)
-        return updates, SharpnessState(step, rise, perturbation_state, combiner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -260,7 +164,7 @@ def record_cosine(
         updates: Any, state: CosineState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, CosineState]:
         momentum = momenta.find_first(state.inner_state, updates, "record_cosine")
-        met = cosine(momentum, updates).astype(state.cosine.dtype)
+        met = tree_math.cosine(momentum, updates).astype(state.cosine.dtype)
         updates, inner_state = optimizer.update(updates, state.inner_state, params, **extra_args)
         return updates, CosineState(met, inner_state)
 

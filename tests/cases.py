@@ -163,6 +163,7 @@ CASES = [
     Case("sam", "stage", {"rho": 0.05}, "rho", 0.0, extra_evaluations=10, bench=Bench("sam")),
     Case("sam", "stage", {"rho": 0.05, "every": 5}, "rho", 0.0, extra_evaluations=2, variant="every", bench=Bench("one gradient", "sam every=5")),
     Case("sam", "stage", {"rho": 0.05, "start": 7}, "rho", 0.0, extra_evaluations=3, variant="start"),
+    Case("gradient_at", "stage", {"perturbation": flatopt.scale_to_norm(0.05), "num_steps": 2, "every": 2, "record": True}, extra_evaluations=10, variant="record"),
     Case("asam", "stage", {"rho": 0.5}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients")),
     Case("reuse_direction", "stage", {"perturbation": flatopt.scale_to_norm(0.5), "every": 5, "alpha": 0.5}, "alpha", extra_evaluations=2, copies=1),
     Case("looksam", "stage", {"rho": 0.5, "every": 5, "alpha": 0.5}, "rho", 0.0, extra_evaluations=2, copies=1, bench=Bench("one gradient", "looksam every=5", {"rho": 0.05})),
@@ -235,7 +236,6 @@ CASES = [
     Case("sparse_training", "wrapper", {"optimizer": sgd(), "sparsity": 0.5, "grow": None}, copies=0.25, variant="static"),
     # monitoring
     Case("record_gradient_norm", "stage", {}),
-    Case("record_sharpness", "combiner", {"perturbation": flatopt.scale_to_norm(0.05)}, extra_evaluations=10),
     Case("record_distance", "average", {"average": flatopt.swa()}, copies=1),
     Case("record_cosine", "wrapper", {"optimizer": sgd()}),
     # recipes

@@ -44,54 +44,6 @@ def test_gradient_norm():
     _assert_same_path(tx, optax.sgd(0.1))
 
 
-@pytest.mark.parametrize(
-    "perturbation",
-    [flatopt.scale_to_norm(0.02), flatopt.scale_to_adaptive_norm(0.02, 0.01)],
-    ids=["norm", "adaptive"],
-)
-def test_sharpness_is_the_rise_of_the_loss(perturbation):
-    stage = flatopt.gradient_at(perturbation, combiner=flatopt.record_sharpness(perturbation))
-    tx = optax.chain(stage, optax.sgd(0.1))
-    for params, _, _, opt_state in _run(tx):
-        displacement, _ = perturbation.update(GRAD_FN(params), perturbation.init(params), params)
-        moved = optax.apply_updates(params, displacement)
-        rise = problem.loss_fn(moved, DATA) - problem.loss_fn(params, DATA)
-        recorded = optax.tree.get(opt_state, "sharpness")
-        np.testing.assert_allclose(recorded, rise, rtol=2e-3)
-    _assert_same_path(tx, optax.chain(flatopt.gradient_at(perturbation), optax.sgd(0.1)))
-
-
-def test_sharpness_hands_the_combiner_both_gradients():
-    seen = []
-
-    def update(updates, state, params=None, *, clean_updates, **extra_args):
-        del params
-        seen.append(extra_args)
-        return jax.tree.map(lambda p, c: p - c, updates, clean_updates), state
-
-    difference = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
-    ascent = flatopt.scale_to_norm(0.1)
-    stage = flatopt.gradient_at(
-        ascent, combiner=flatopt.record_sharpness(ascent, combiner=difference)
-    )
-    params = problem.params(dtype=jnp.float32)
-    clean = GRAD_FN(params)
-    updates, _ = stage.update(clean, stage.init(params), params, grad_fn=GRAD_FN)
-    plain, _ = flatopt.gradient_at(ascent).update(
-        clean, flatopt.gradient_at(ascent).init(params), params, grad_fn=GRAD_FN
-    )
-    assert len(seen) == 1
-    np.testing.assert_allclose(
-        updates["first"]["kernel"], plain["first"]["kernel"] - clean["first"]["kernel"], rtol=1e-5
-    )
-
-
-def test_sharpness_outside_a_stage_is_refused():
-    tx = flatopt.record_sharpness(flatopt.scale_to_norm(0.1))
-    with pytest.raises(ValueError, match="Use it as combiner"):
-        tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))
-
-
 def test_distance_from_the_average():
     tx = optax.chain(optax.sgd(0.5), flatopt.record_distance(flatopt.swa(start=2)))
     distances = []

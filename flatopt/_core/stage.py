@@ -8,23 +8,32 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._core import checks, means
-from flatopt._core.timing import Every, nonnegative_at, value_at
+from flatopt._core.timing import Every, in_use, nonnegative_at, value_at
 
 
 class StepState(NamedTuple):
-    """State of a perturbation or a combiner: what its schedules count.
+    """State of a perturbation or a combiner: what its schedules count, and what they gave.
 
     Attributes:
       step: int32 scalar, number of calls so far.
+      in_use: by name, the values of the last call, before the first those of step 0; of what is
+        handed in as an array, `optax.inject_hyperparams` for one, whoever does so keeps the value.
     """
 
     step: jax.Array
+    in_use: dict[str, jax.Array]
 
 
-def init_step(params: optax.Params) -> StepState:
+def _start(hyperparameters: dict[str, Any], at: Callable[[Any, Any], Any]) -> optax.TransformInitFn:
     """The state before the first call."""
-    del params
-    return StepState(step=jnp.zeros([], jnp.int32))
+
+    def init_fn(params: optax.Params) -> StepState:
+        del params
+        step = jnp.zeros([], jnp.int32)
+        values = {name: at(value, step) for name, value in hyperparameters.items()}
+        return StepState(step, in_use(hyperparameters, values))
+
+    return init_fn
 
 
 def perturbation(
@@ -54,9 +63,10 @@ def perturbation(
         else:
             checks.require_params(needs_params, params)
             displacement = displace(updates, params, **values)
-        return displacement, StepState(optax.safe_increment(state.step))
+        told = in_use(hyperparameters, values)
+        return displacement, StepState(optax.safe_increment(state.step), told)
 
-    return optax.GradientTransformationExtraArgs(init_step, update_fn)
+    return optax.GradientTransformationExtraArgs(_start(hyperparameters, nonnegative_at), update_fn)
 
 
 def combiner(
@@ -82,9 +92,10 @@ def combiner(
         step = state.step if step is None else step
         values = {name: value_at(value, step) for name, value in hyperparameters.items()}
         combined = combine(updates, clean_updates, **values)
-        return combined, StepState(optax.safe_increment(state.step))
+        told = in_use(hyperparameters, values)
+        return combined, StepState(optax.safe_increment(state.step), told)
 
-    return optax.GradientTransformationExtraArgs(init_step, update_fn)
+    return optax.GradientTransformationExtraArgs(_start(hyperparameters, value_at), update_fn)
 
 
 def observer(

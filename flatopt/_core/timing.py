@@ -25,6 +25,19 @@ def nonnegative_at(
     return jnp.maximum(value(step), 0.0) if callable(value) else value
 
 
+def in_use(hyperparameters: dict[str, Any], values: dict[str, Any]) -> dict[str, jax.Array]:
+    """Of the `values` in use, by name, those that a state keeps for its readers.
+
+    An array, unlike a number or a schedule, is kept by who hands it in, as
+    `optax.inject_hyperparams` does under the same name: twice it could not be found by it.
+    """
+    return {
+        name: jnp.asarray(values[name], float)
+        for name, given in hyperparameters.items()
+        if callable(given) or isinstance(given, (int, float))
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Every:
     """When a method acts: with `start`, `start + every`, ... updates made.

@@ -69,6 +69,13 @@ def norm(tree: Any) -> jax.Array:
     return jax.lax.cond(is_plain, lambda: jnp.sqrt(square), scaled)
 
 
+def cosine(tree: Any, other: Any) -> jax.Array:
+    r""":math:`x \cdot y / (\|x\| \|y\|)`; 0 where one of them is zero."""
+    # Apart, so that the product of two small norms does not vanish in half precision.
+    lengths = [norm(x) + EPSILON for x in (tree, other)]
+    return vdot(tree, other) / lengths[0] / lengths[1]
+
+
 def _sum_of_products(x: list[jax.Array], y: list[jax.Array]) -> jax.Array:
     dtype = scalar_dtype(x)
     total = jnp.zeros([], dtype)

@@ -17,6 +17,7 @@ def asam(
     mask: Any = None,
     start: int | None = None,
     every: int | None = None,
+    record: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adaptive SAM: the ascent step is measured in units of the weights.
 
@@ -27,7 +28,7 @@ def asam(
       rho: radius, >= 0, in units of `T`: about ten times that of `sam`, 0.5 to 2 are usual.
       eta: added to `|w|`, >= 0: a number, a traced array, or a schedule, like `rho`.
       mask: where `T` applies; see `scale_to_adaptive_norm`. Static.
-      start, every: when it acts; see `gradient_at`.
+      start, every, record: when it acts, and what it keeps of it; see `gradient_at`.
 
     Returns:
       A stage to be chained before any optimiser; `update` needs `params` and `grad_fn`.
@@ -44,4 +45,6 @@ def asam(
 
     Cost: 1 extra gradient; 0 copies (+1 temporary).
     """
-    return ascent_stage(rho, scale_to_adaptive_norm(rho, eta, mask=mask), start=start, every=every)
+    return ascent_stage(
+        rho, scale_to_adaptive_norm(rho, eta, mask=mask), start=start, every=every, record=record
+    )

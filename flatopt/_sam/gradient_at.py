@@ -6,9 +6,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, registry, stage
+from flatopt._core import checks, registry, stage, tree_math
 from flatopt._core.grad_fn import GradientFunction
 from flatopt._core.timing import Every
+
+
+class SharpnessState(NamedTuple):
+    """What `gradient_at` keeps of its last ascent with `record=True`; zeros before the first.
+
+    Attributes:
+      sharpness: rise of the loss on the way up, by the trapezium of its slopes at both ends.
+      gradient_cosine: of the angle between the gradients at both ends.
+    """
+
+    sharpness: jax.Array
+    gradient_cosine: jax.Array
 
 
 class GradientAtState(NamedTuple):
@@ -18,11 +30,19 @@ class GradientAtState(NamedTuple):
       step: int32 scalar, number of updates so far.
       perturbation_state: state of the perturbation.
       combiner_state: state of the combiner, `optax.EmptyState()` without one.
+      recorded: a `SharpnessState` with `record=True`, else `optax.EmptyState()`.
     """
 
     step: jax.Array
     perturbation_state: optax.OptState
     combiner_state: optax.OptState
+    recorded: SharpnessState | optax.EmptyState
+
+
+def rise_by_trapezium(displacement: Any, clean: Any, perturbed: Any) -> jax.Array:
+    r""":math:`\tfrac12 \, \epsilon \cdot (g + g')`, the rise of a loss; exact on a quadratic."""
+    rise = tree_math.vdot(displacement, clean) + tree_math.vdot(displacement, perturbed)
+    return rise / 2
 
 
 @registry.method("stage", needs=("grad_fn",))
@@ -33,6 +53,7 @@ def gradient_at(
     combiner: optax.GradientTransformation | None = None,
     start: int | None = None,
     every: int | None = None,
+    record: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the incoming gradient by that at a displaced point; the parameters never move.
 
@@ -45,6 +66,7 @@ def gradient_at(
       combiner: transformation of :math:`g_n`, given also the clean one as `clean_updates=`. Static.
       start: number of updates made when it first acts, >= 0; None is 0. Static.
       every: period from there on, >= 1; None is 1. Other updates pass their gradient on. Static.
+      record: keeps "sharpness" and "gradient_cosine" of the ascent for `optax.tree.get`. Static.
 
     Returns:
       A stage to be chained before an optimiser; `update` needs `params` and `grad_fn`.
@@ -56,7 +78,7 @@ def gradient_at(
       >>> print(tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)[0])
       [3.3 4.4]
 
-    Cost: `num_steps` extra gradients; 0 copies (+1 temporary).
+    Cost: `num_steps` extra gradients; 0 copies (+1 temporary, +2 with `record`).
     """
     checks.check_count("num_steps", num_steps, 1)
     when = Every.before_update(start, every)
@@ -64,8 +86,9 @@ def gradient_at(
     combiner = checks.as_transformation("combiner", combiner or optax.identity())
 
     def init_fn(params: optax.Params) -> GradientAtState:
-        step = jnp.zeros([], jnp.int32)
-        return GradientAtState(step, perturbation.init(params), combiner.init(params))
+        step, flat = jnp.zeros([], jnp.int32), jnp.zeros([], tree_math.scalar_dtype(params))
+        kept = SharpnessState(flat, flat) if record else optax.EmptyState()
+        return GradientAtState(step, perturbation.init(params), combiner.init(params), kept)
 
     def update_fn(
         updates: optax.Updates,
@@ -79,20 +102,25 @@ def gradient_at(
         extra_args["step"] = state.step
 
         def climb(i: Any, carry: Any) -> Any:
-            point, grads, ascent = carry
+            point, grads, ascent, way = carry
             displacement, ascent = perturbation.update(grads, ascent, params, **extra_args)
             point = optax.apply_updates(point, displacement)
-            return point, optax.tree.cast_like(gradient(point, i), updates), ascent
+            way = tree_math.move(way, 1, displacement) if record else way
+            return point, optax.tree.cast_like(gradient(point, i), updates), ascent, way
 
         def sharp(carry: Any) -> Any:
-            clean, ascent, mixing = carry
-            _, grads, ascent = stage.repeat(num_steps, climb, (params, clean, ascent))
+            clean, ascent, mixing, kept = carry
+            way = optax.tree.zeros_like(clean) if record else None
+            _, grads, ascent, way = stage.repeat(num_steps, climb, (params, clean, ascent, way))
+            if record:
+                rise, cosine = rise_by_trapezium(way, clean, grads), tree_math.cosine(clean, grads)
+                kept = SharpnessState(rise.astype(kept[0].dtype), cosine.astype(kept[1].dtype))
             grads, mixing = combiner.update(
                 grads, mixing, params, clean_updates=clean, **extra_args
             )
-            return grads, ascent, mixing
+            return grads, ascent, mixing, kept
 
-        carry = (updates, state.perturbation_state, state.combiner_state)
+        carry = (updates, state.perturbation_state, state.combiner_state, state.recorded)
         grads, *inner = when.run(state.step, sharp, carry)
         return grads, GradientAtState(optax.safe_increment(state.step), *inner)
 

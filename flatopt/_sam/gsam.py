@@ -117,6 +117,7 @@ def gsam(
     minimise_perturbed: bool = True,
     start: int | None = None,
     every: int | None = None,
+    record: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""GSAM: SAM that also closes the surrogate gap, perturbed loss minus clean loss.
 
@@ -127,7 +128,7 @@ def gsam(
       alpha: weight of the gap, >= 0; 0 is `sam`, 0.1 to 0.6 are usual. Likewise.
       perturbation: the ascent step; None is `scale_to_norm(rho)`.
       minimise_perturbed: False descends the clean loss, :math:`c + \alpha \, p_{\perp c}`. Static.
-      start, every: when it acts; see `gradient_at`.
+      start, every, record: when it acts, and what it keeps of it; see `gradient_at`.
 
     Returns:
       A stage to be chained before any optimiser; `update` needs `params` and `grad_fn`.
@@ -149,7 +150,9 @@ def gsam(
         perturbation = scale_to_norm(rho)
     perturbation = checks.as_transformation("perturbation", perturbation)
     combiner = surrogate_gap(alpha, minimise_perturbed=minimise_perturbed)
-    return ascent_stage(rho, perturbation, combiner=combiner, start=start, every=every)
+    return ascent_stage(
+        rho, perturbation, combiner=combiner, start=start, every=every, record=record
+    )
 
 
 def scale_to_weighted_norm(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._core import checks, momenta, registry, tree_math
-from flatopt._core.timing import value_at
+from flatopt._core.timing import in_use, value_at
 
 
 class MsamState(NamedTuple):
@@ -19,11 +19,13 @@ class MsamState(NamedTuple):
       scale: float scalar, `rho / (|m| + 1e-12)` at the last step: the parameters stand at the
         centre minus `scale` times the momentum that `inner_state` holds.
       inner_state: state of the wrapped optimiser.
+      in_use: "rho" of the last update, unless it is handed in as an array.
     """
 
     step: jax.Array
     scale: jax.Array
     inner_state: optax.OptState
+    in_use: dict[str, jax.Array]
 
     def eval_params(self, params: optax.Params) -> optax.Params:
         """Returns the centre, `params + scale * momentum`."""
@@ -145,7 +147,9 @@ def _displaced(
     def init_fn(params: optax.Params) -> MsamState:
         inner_state = optimizer.init(params)
         dtype = tree_math.scalar_dtype(momenta.find_first(inner_state, params, "msam"))
-        return MsamState(jnp.zeros([], jnp.int32), jnp.zeros([], dtype), inner_state)
+        step = jnp.zeros([], jnp.int32)
+        told = in_use({"rho": rho}, {"rho": value_at(rho, step)})
+        return MsamState(step, jnp.zeros([], dtype), inner_state, told)
 
     def update_fn(
         updates: optax.Updates,
@@ -157,12 +161,14 @@ def _displaced(
         moves, inner_state = optimizer.update(updates, state.inner_state, centre, **extra_args)
         step = optax.safe_increment(state.step)
         if off:
-            return moves, MsamState(step, state.scale, inner_state)
+            return moves, MsamState(step, state.scale, inner_state, state.in_use)
         new = momenta.find_first(inner_state, updates, "msam")
         old = old_momentum(state, new, updates)
-        scale = value_at(rho, state.step) / (tree_math.norm(new) + tree_math.EPSILON)
+        length = value_at(rho, state.step)
+        scale = length / (tree_math.norm(new) + tree_math.EPSILON)
         scale = jnp.asarray(scale, state.scale.dtype)
         moves = shift_offset(moves, state.scale, old, scale, new)
-        return moves, MsamState(step, scale, inner_state)
+        told = in_use({"rho": rho}, {"rho": length})
+        return moves, MsamState(step, scale, inner_state, told)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -9,7 +9,11 @@ from flatopt._sam.gradient_at import ascent_stage
 
 @registry.method("stage", needs=("grad_fn",))
 def sam(
-    rho: optax.ScalarOrSchedule, *, start: int | None = None, every: int | None = None
+    rho: optax.ScalarOrSchedule,
+    *,
+    start: int | None = None,
+    every: int | None = None,
+    record: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sharpness-aware minimisation: descend with the gradient at the top of a small ascent step.
 
@@ -18,7 +22,7 @@ def sam(
     Args:
       rho: radius, >= 0, in units of the parameters' norm; 0.05 to 0.2 are usual. The number 0: the
         identity, without a gradient.
-      start, every: when it acts; see `gradient_at`.
+      start, every, record: when it acts, and what it keeps of it; see `gradient_at`.
 
     Returns:
       A stage for in front of an optimiser (alone, it steps uphill); needs `params`, `grad_fn`.
@@ -38,4 +42,4 @@ def sam(
     Cost: 1 extra gradient; 0 copies (+1 temporary).
     """
     checks.check_number("rho", rho, low=0.0)
-    return ascent_stage(rho, scale_to_norm(rho), start=start, every=every)
+    return ascent_stage(rho, scale_to_norm(rho), start=start, every=every, record=record)

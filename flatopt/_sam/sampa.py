@@ -8,7 +8,7 @@ import optax
 
 from flatopt._core import checks, registry, tree_math
 from flatopt._core.grad_fn import GradientFunction
-from flatopt._core.timing import value_at
+from flatopt._core.timing import in_use, value_at
 from flatopt._sam import combiners
 
 
@@ -55,11 +55,13 @@ class SampaState(NamedTuple):
       inner_state: state of the wrapped optimiser.
       gradient: tree like the parameters, the last gradient at the extrapolated point; zeros before
         the first.
+      in_use: "rho" and "mix" of the last update, unless they are handed in as arrays.
     """
 
     step: jax.Array
     inner_state: optax.OptState
     gradient: optax.Updates
+    in_use: dict[str, jax.Array]
 
 
 @registry.method("wrapper", needs=("grad_fn",))
@@ -100,10 +102,14 @@ def sampa(
     checks.check_number("mix", mix, low=0.0, high=1.0)
     optimizer = checks.as_transformation("optimizer", optimizer)
     off = checks.is_number(rho, 0)
+    given = {"rho": rho, "mix": mix}
+
+    def values_at(step: Any) -> dict[str, Any]:
+        return {name: value_at(value, step) for name, value in given.items()}
 
     def init_fn(params: optax.Params) -> SampaState:
-        gradient = optax.tree.zeros_like(params)
-        return SampaState(jnp.zeros([], jnp.int32), optimizer.init(params), gradient)
+        gradient, step = optax.tree.zeros_like(params), jnp.zeros([], jnp.int32)
+        return SampaState(step, optimizer.init(params), gradient, in_use(given, values_at(step)))
 
     def update_fn(
         updates: optax.Updates,
@@ -116,16 +122,18 @@ def sampa(
         step = optax.safe_increment(state.step)
         if off:
             moves, inner = optimizer.update(updates, state.inner_state, params, **extra_args)
-            return moves, SampaState(step, inner, state.gradient)
+            return moves, state._replace(step=step, inner_state=inner)
         gradient = checks.require_grad_fn("sampa", grad_fn, params)
-        ascent = ascent_point(params, state.gradient, value_at(rho, state.step))
+        values = values_at(state.step)
+        ascent = ascent_point(params, state.gradient, values["rho"])
         move, _ = optimizer.update(state.gradient, state.inner_state, params, **extra_args)
         # Without a gradient there is nothing to extrapolate, though weight decay alone would move.
         ahead = tree_math.add_scaled(params, jnp.float32(state.step > 0), move)
         perturbed, latest = both_gradients(gradient, ascent, ahead, axis_name)
-        grads = combiners.mix(latest, perturbed, value_at(mix, state.step))
+        grads = combiners.mix(latest, perturbed, values["mix"])
         grads = optax.tree.cast_like(grads, updates)
         moves, inner = optimizer.update(grads, state.inner_state, params, **extra_args)
-        return moves, SampaState(step, inner, keep_finite(latest, state.gradient))
+        latest = keep_finite(latest, state.gradient)
+        return moves, SampaState(step, inner, latest, in_use(given, values))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks
+from flatopt._core import checks, stage
 from flatopt._core.grad_fn import make_grad_fn
 
 
@@ -79,10 +79,11 @@ def sam_value_and_grad(
 
 def _require_no_memory(state: optax.OptState) -> None:
     """Raises unless `state` holds counters alone: a function has nowhere to keep the rest."""
-    leaves = jax.tree.leaves(state)
-    if any(jnp.ndim(x) or not jnp.issubdtype(x.dtype, jnp.signedinteger) for x in leaves):
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, stage.StepState))
+    others = [x for x in leaves if not isinstance(x, stage.StepState)]
+    if any(jnp.ndim(x) or not jnp.issubdtype(x.dtype, jnp.signedinteger) for x in others):
         raise ValueError(
             "flatopt.sam_value_and_grad is a function and keeps no state, but its perturbation has "
-            f"one: {[type(x).__name__ for x in leaves]}. Chain flatopt.gradient_at(perturbation) "
+            f"one: {[type(x).__name__ for x in others]}. Chain flatopt.gradient_at(perturbation) "
             "before the optimiser instead."
         )

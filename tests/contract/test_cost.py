@@ -163,13 +163,13 @@ def test_msam_with_known_momentum_reads_and_writes_little_more_than_sgd():
     assert accessed(flatopt.msam(_base(), 0.3)) - rarely <= base + 4.5
 
 
-def test_msam_state_is_the_inner_state_and_two_scalars():
+def test_msam_state_is_the_inner_state_and_three_scalars():
     params = _params()
     state = flatopt.msam(_base(), 0.3).init(params)
     inner = jax.tree.leaves(_base().init(params))
     extra = [x for x in jax.tree.leaves(state) if x.ndim == 0]
-    assert len(jax.tree.leaves(state)) == len(inner) + 2
-    assert len(extra) == 2
+    assert len(jax.tree.leaves(state)) == len(inner) + 3
+    assert len(extra) == 3
 
 
 @pytest.mark.parametrize("every", [2, 10])

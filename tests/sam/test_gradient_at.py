@@ -119,3 +119,76 @@ def test_forward_mode_goes_through_what_is_done_once_in_a_while(make):
     quotient = (final_loss(0.11) - final_loss(0.09)) / 0.02
     assert abs(quotient) > 0.1
     np.testing.assert_allclose(jax.jacfwd(final_loss)(0.1), quotient, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [flatopt.sam, flatopt.asam, lambda rho, **k: flatopt.gsam(rho, 0.0, **k)],
+    ids=["sam", "asam", "gsam"],
+)
+def test_recorded_sharpness_is_the_rise_of_the_loss(make):
+    params, batch = cases.init_params(), cases.make_batch()
+    grad_fn = flatopt.make_grad_fn(cases.loss_fn, batch)
+    clean = grad_fn(params)
+    stage = make(0.01, record=True)
+    points = []
+
+    def watched(point, i):
+        points.append(point)
+        return grad_fn(point, i)
+
+    sharp, state = stage.update(clean, stage.init(params), params, grad_fn=watched)
+    rise = cases.loss_fn(points[0], batch) - cases.loss_fn(params, batch)
+    np.testing.assert_allclose(optax.tree.get(state, "sharpness"), rise, rtol=5e-3)
+    flat = [jax.flatten_util.ravel_pytree(g)[0] for g in (clean, sharp)]
+    between = flat[0] @ flat[1] / jnp.linalg.norm(flat[0]) / jnp.linalg.norm(flat[1])
+    np.testing.assert_allclose(optax.tree.get(state, "gradient_cosine"), between, rtol=1e-6)
+    plain = make(0.01).update(clean, make(0.01).init(params), params, grad_fn=grad_fn)[0]
+    cases.assert_equal(sharp, plain)
+
+
+def test_of_several_steps_the_whole_rise_is_recorded():
+    stage = flatopt.gradient_at(flatopt.scale_to_norm(0.5), num_steps=3, record=True)
+    grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * jnp.sum(w**2))
+    w = jnp.array([3.0, 4.0])
+    _, state = stage.update(grad_fn(w), stage.init(w), w, grad_fn=grad_fn)
+    assert float(optax.tree.get(state, "sharpness")) == pytest.approx((6.5**2 - 5**2) / 2)
+
+
+def test_what_is_recorded_stays_where_an_update_is_skipped():
+    tx = flatopt.sam(0.5, every=2, record=True)
+    grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * jnp.sum(w**2))
+    w = jnp.array([3.0, 4.0])
+    state, seen = tx.init(w), []
+    for scale in (1.0, 2.0, 3.0):
+        point = scale * w
+        _, state = tx.update(grad_fn(point), state, point, grad_fn=grad_fn)
+        seen.append(float(optax.tree.get(state, "sharpness")))
+    np.testing.assert_allclose(seen, [2.625, 2.625, (15.5**2 - 15**2) / 2])
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        flatopt.sam(optax.linear_schedule(0.0, 0.4, 4)),
+        flatopt.msam(optax.sgd(0.1, momentum=0.9), optax.linear_schedule(0.0, 0.4, 4)),
+        flatopt.sampa(optax.sgd(0.1), optax.linear_schedule(0.0, 0.4, 4)),
+        flatopt.looksam(optax.linear_schedule(0.0, 0.4, 4), every=1, alpha=0.1),
+    ],
+    ids=["sam", "msam", "sampa", "looksam"],
+)
+def test_the_radius_in_use_is_told(tx):
+    grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * jnp.sum(w**2))
+    w = jnp.array([3.0, 4.0])
+    state, seen = tx.init(w), []
+    for _ in range(4):
+        _, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
+        seen.append(float(optax.tree.get(state, "rho")))
+    np.testing.assert_allclose(seen, [0.0, 0.1, 0.2, 0.3], atol=1e-7)
+
+
+def test_a_number_is_told_before_the_first_update_and_an_injected_one_only_once():
+    w = jnp.ones(2)
+    assert optax.tree.get(flatopt.sam(0.05).init(w), "rho") == jnp.float32(0.05)
+    injected = optax.inject_hyperparams(flatopt.sam)(rho=0.05)
+    assert optax.tree.get(injected.init(w), "rho") == jnp.float32(0.05)
