@@ -61,9 +61,11 @@ from flatopt._sam.alternate import AlternateState, alternate
 from flatopt._sam.arwp import adaptive_filter_noise, arwp
 from flatopt._sam.asam import asam
 from flatopt._sam.ascent import mask_displacement, scale_to_adaptive_norm, scale_to_norm
+from flatopt._sam.bsam import bsam
 from flatopt._sam.combiners import mix_clean
 from flatopt._sam.empirical_fisher import empirical_fisher
 from flatopt._sam.esam import drop_displacement, esam, make_selective_grad_fn, select_examples
+from flatopt._sam.fisher_sam import fisher_sam, scale_to_fisher_norm
 from flatopt._sam.friendly_sam import friendly_sam, subtract_gradient_ema
 from flatopt._sam.functional_sam import functional_value_and_grad
 from flatopt._sam.gnp import gnp
@@ -79,9 +81,12 @@ from flatopt._sam.sam import sam
 from flatopt._sam.sam_on import normalisation_mask, sam_on
 from flatopt._sam.sampa import sampa
 from flatopt._sam.sparse_sam import mask_at_random, mask_by_fisher, sparse_sam
+from flatopt._sam.spectral_norm import scale_to_spectral_norm
+from flatopt._sam.unified_sam import scale_by_partial_norm, unified_sam
 from flatopt._sam.value_and_grad import sam_value_and_grad
 from flatopt._sam.vasso import smooth_gradient, vasso
 from flatopt._sam.wsam import wsam
+from flatopt._sam.xsam import follow_arc, xsam
 from flatopt._sam.zsharp import keep_large_zscores, zsharp
 from flatopt._sparse.densities import erk_sparsities, mask_density
 from flatopt._sparse.sparse_training import SparseTrainingState, sparse_training
@@ -114,6 +119,7 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     "mix_clean",
     "scale_to_adaptive_norm",
     "scale_to_norm",
+    "scale_to_spectral_norm",
     "SharpnessState",
     "standard_normal",
     # SAM and its family: a paper a file
@@ -122,9 +128,12 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     "AlternateState",
     "arwp",
     "asam",
+    "bsam",
     "drop_displacement",
     "empirical_fisher",
     "esam",
+    "fisher_sam",
+    "follow_arc",
     "friendly_sam",
     "functional_value_and_grad",
     "gnp",
@@ -148,6 +157,8 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     "sam_on",
     "sam_value_and_grad",
     "sampa",
+    "scale_by_partial_norm",
+    "scale_to_fisher_norm",
     "scale_to_layer_norms",
     "scale_to_loss_rise",
     "scale_to_weighted_norm",
@@ -156,8 +167,10 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     "sparse_sam",
     "subtract_gradient_ema",
     "surrogate_gap",
+    "unified_sam",
     "vasso",
     "wsam",
+    "xsam",
     "zsharp",
     # averages
     "average_batch_stats",

@@ -50,6 +50,10 @@ class GradFn:
         """Returns the gradient at `params`; no module changes, `i` is ignored."""
         return self.pure(params, i)
 
+    def value(self, params: optax.Params) -> jax.Array:
+        """Returns the loss at `params`, by a forward pass; no module changes."""
+        return self.pure.value(params)
+
     def value_and_grad(self, model: nnx.Module) -> tuple[Any, optax.Updates]:
         """Returns `(loss, grads)`, or `((loss, aux), grads)` with `has_aux`, at `model`.
 

@@ -140,6 +140,9 @@ CASES = [
     Case("scale_to_norm", "perturbation", {"rho": 0.05}, "rho", 0.0, extra_evaluations=10),
     Case("scale_to_adaptive_norm", "perturbation", {"rho": 0.5, "eta": 0.01}, "rho", 0.0, extra_evaluations=10),
     Case("scale_to_adaptive_norm", "perturbation", {"rho": 0.5, "mask": _mask}, extra_evaluations=10, variant="mask"),
+    Case("scale_by_partial_norm", "perturbation", {"rho": 0.05, "lam": 0.5}, "rho", 0.0, extra_evaluations=10),
+    Case("scale_to_fisher_norm", "perturbation", {"rho": 0.05, "eta": 2.0}, "rho", 0.0, extra_evaluations=10),
+    Case("scale_to_spectral_norm", "perturbation", {"rho": 0.05}, "rho", 0.0, extra_evaluations=10),
     Case("scale_to_layer_norms", "perturbation", {"rho": 0.05}, "rho", 0.0, extra_evaluations=10),
     Case("scale_to_loss_rise", "perturbation", {"budget": 0.1, "max_rho": 0.1}, "budget", 0.0, extra_evaluations=10),
     Case("scale_to_weighted_norm", "perturbation", {"rho": 0.05}, "rho", 0.0, extra_evaluations=10),
@@ -156,6 +159,7 @@ CASES = [
     # combiners
     Case("surrogate_gap", "combiner", {"alpha": 0.4}, "alpha", extra_evaluations=10),
     Case("mix_clean", "combiner", {"alpha": 0.8}, "alpha", 0.0, extra_evaluations=10),
+    Case("follow_arc", "combiner", {"alpha": 1.5}, "alpha", extra_evaluations=10),
     # stages
     Case("gradient_at", "stage", {"perturbation": flatopt.scale_to_norm(0.05)}, extra_evaluations=10),
     Case("gradient_at", "stage", {"perturbation": flatopt.scale_to_norm(0.05), "num_steps": 3}, extra_evaluations=30, variant="num_steps"),
@@ -182,6 +186,10 @@ CASES = [
     Case("rwp", "stage", {"std": 0.1, "every": 2}, "std", 0.0, extra_evaluations=5, bench=Bench("two gradients and more work", kwargs={"every": None})),
     Case("rwp", "stage", {"std": 0.1, "every": 5}, "std", 0.0, extra_evaluations=2, variant="every", bench=Bench("one gradient", "rwp every=5")),
     Case("arwp", "stage", {"std": 0.1, "eta": 1.0, "decay": 0.9}, "std", 0.0, extra_evaluations=10, copies=0.01, bench=Bench("two gradients and more work")),
+    Case("unified_sam", "stage", {"rho": 0.05, "lam": 0.5}, "rho", 0.0, extra_evaluations=10),
+    Case("fisher_sam", "stage", {"rho": 0.05, "eta": 2.0}, "rho", 0.0, extra_evaluations=10),
+    Case("xsam", "stage", {"rho": 0.05, "rho_max": 0.1, "alpha_every": 4}, "rho", 0.0, extra_evaluations=10),
+    Case("xsam", "stage", {"rho": 0.05, "alpha": 1.5, "num_steps": 3, "start": 4, "every": 3}, "rho", 0.0, extra_evaluations=6, variant="alpha"),
     # local entropy
     Case("langevin", "wrapper", {"learning_rate": 0.05, "temperature": 1e-4}, "temperature", copies=-1, bench=Bench("inner loops and replicas")),
     Case("local_entropy", "stage", {"num_steps": 4, "gamma": 0.5, "noise": 0.01}, "gamma", extra_evaluations=30, bench=Bench("inner loops and replicas", "local_entropy L=5", {"num_steps": 5})),
@@ -202,6 +210,7 @@ CASES = [
     # wrappers
     Case("wsam", "wrapper", {"optimizer": sgd(), "learning_rate": LEARNING_RATE, "rho": 0.05, "gamma": 0.8}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients")),
     Case("wsam", "wrapper", {"optimizer": sgd(), "learning_rate": LEARNING_RATE, "rho": 0.05, "gamma": 0.5, "decouple": False, "max_norm": 10.0}, "rho", 0.0, extra_evaluations=10, variant="coupled"),
+    Case("bsam", "wrapper", {"learning_rate": 0.05, "rho": 0.01, "num_data": 100.0}, "rho", extra_evaluations=20, copies=1),
     Case("sampa", "wrapper", {"optimizer": sgd(), "rho": 0.05}, "rho", 0.0, extra_evaluations=20, copies=1, bench=Bench("two gradients and more work")),
     Case("hold_perturbed", "wrapper", {"optimizer": sgd(), "perturbation": flatopt.scale_to_norm(0.05)}, copies=1, bench=Bench("one gradient")),
     Case("msam", "wrapper", {"optimizer": sgd(), "rho": 0.1}, "rho", 0.0, bench=Bench("one gradient", kwargs={"rho": 0.05})),
@@ -314,6 +323,22 @@ def train_step(
         return optax.apply_updates(params, updates), opt_state
 
     return step
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientByHand:
+    """A `grad_fn` that is no loss's, with values for the methods that ask for them too.
+
+    Attributes:
+      gradient: called as `gradient(params, i)`.
+      value: called as `value(params)`.
+    """
+
+    gradient: Callable[[Any, Any], Any]
+    value: Callable[[Any], jax.Array] = functools.partial(optax.tree.norm, squared=True)
+
+    def __call__(self, params: Any, i: Any) -> Any:
+        return self.gradient(params, i)
 
 
 @functools.lru_cache(maxsize=64)

@@ -51,7 +51,7 @@ INSIDE = {
     "measures": [
         ["_variables", "_results"],
         ["_basis", "_operator"],
-        ["_lanczos", "_rises", "_trace", "_sharpness", "_keskar", "_gradients"],
+        ["_lanczos", "_rises", "_trace", "_sharpness", "_keskar", "_gradients", "_critical"],
         ["_eigenvalues", "_density", "_local_energy", "_local_entropy", "_pac_bayes"],
         ["_quantise", "_similarity", "_barrier", "_symmetry"],
         ["_geodesic"],

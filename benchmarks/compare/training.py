@@ -256,15 +256,7 @@ def count_gradients(tx: optax.GradientTransformation, steps: int) -> int:
     evaluated, so that branches not taken do not count.
     """
     tx = optax.with_extra_args_support(tx)
-    counter = itertools.count()
-
-    def count(_: Any) -> None:
-        next(counter)
-
-    def grad_fn(params: Any, i: jax.typing.ArrayLike) -> Any:
-        # With its number as argument, mapped over replicas it is called once for each.
-        jax.debug.callback(count, i)
-        return params
+    grad_fn = _CountedGradient()
 
     def one(carry: Carry, _: None) -> tuple[Carry, None]:
         return step(tx, grad_fn, carry), None
@@ -273,4 +265,23 @@ def count_gradients(tx: optax.GradientTransformation, steps: int) -> int:
     carry = Carry(params, tx.init(params))
     jax.block_until_ready(jax.jit(lambda c: jax.lax.scan(one, c, length=steps)[0])(carry))
     jax.effects_barrier()
-    return next(counter)
+    return next(grad_fn.counter)
+
+
+class _CountedGradient:
+    """The gradient of a tiny problem, which counts how often it is evaluated, and its value."""
+
+    def __init__(self) -> None:
+        self.counter = itertools.count()
+
+    def __call__(self, params: Any, i: jax.typing.ArrayLike) -> Any:
+        # With its number as argument, mapped over replicas it is called once for each.
+        jax.debug.callback(self._count, i)
+        return params
+
+    def value(self, params: Any) -> jax.Array:
+        """Forward passes alone do not count."""
+        return optax.tree.norm(params)
+
+    def _count(self, _: Any) -> None:
+        next(self.counter)

@@ -63,7 +63,8 @@ def gradient_at(
       perturbation: transformation from a gradient to a displacement, such as `scale_to_norm(rho)`;
         it is given the parameters before the ascent, and `step=`, the number of the update.
       num_steps: ascent steps n, >= 1, each with a displacement of its own; None is 1. Static.
-      combiner: transformation of :math:`g_n`, given also the clean one as `clean_updates=`. Static.
+      combiner: transformation of :math:`g_n`, given the clean one as `clean_updates=`, the point
+        as `perturbed_params=`, and `grad_fn=`. Static.
       start: number of updates made when it first acts, >= 0; None is 0. Static.
       every: period from there on, >= 1; None is 1. Other updates pass their gradient on. Static.
       record: keeps "sharpness" and "gradient_cosine" of the ascent for `optax.tree.get`. Static.
@@ -111,13 +112,13 @@ def gradient_at(
         def sharp(carry: Any) -> Any:
             clean, ascent, mixing, kept = carry
             way = optax.tree.zeros_like(clean) if record else None
-            _, grads, ascent, way = stage.repeat(num_steps, climb, (params, clean, ascent, way))
+            carry = (params, clean, ascent, way)
+            point, grads, ascent, way = stage.repeat(num_steps, climb, carry)
             if record:
                 rise, cosine = rise_by_trapezium(way, clean, grads), tree_math.cosine(clean, grads)
                 kept = SharpnessState(rise.astype(kept[0].dtype), cosine.astype(kept[1].dtype))
-            grads, mixing = combiner.update(
-                grads, mixing, params, clean_updates=clean, **extra_args
-            )
+            seen = {"clean_updates": clean, "perturbed_params": point, "grad_fn": grad_fn}
+            grads, mixing = combiner.update(grads, mixing, params, **seen, **extra_args)
             return grads, ascent, mixing, kept
 
         carry = (updates, state.perturbation_state, state.combiner_state, state.recorded)

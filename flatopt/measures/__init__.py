@@ -3,6 +3,7 @@
 from flatopt.measures._barrier import Barrier as Barrier
 from flatopt.measures._barrier import barrier_height as barrier_height
 from flatopt.measures._barrier import linear_barrier as linear_barrier
+from flatopt.measures._critical import critical_sharpness as critical_sharpness
 from flatopt.measures._density import SpectralDensity as SpectralDensity
 from flatopt.measures._density import spectral_density as spectral_density
 from flatopt.measures._eigenvalues import Eigenvalues as Eigenvalues
