@@ -335,7 +335,7 @@ class GradientByHand:
     """
 
     gradient: Callable[[Any, Any], Any]
-    value: Callable[[Any], jax.Array] = functools.partial(optax.tree.norm, squared=True)
+    value: Callable[[Any], jax.Array] = optax.tree.norm
 
     def __call__(self, params: Any, i: Any) -> Any:
         return self.gradient(params, i)

@@ -277,12 +277,17 @@ def replay(
     record = bool(golden.tree("pert"))
     all_points: list[Params] = []
 
+    def record_point(halves: Params) -> None:
+        whole = {k: np.ascontiguousarray(v).view(np.float64)[..., 0] for k, v in halves.items()}
+        all_points.append(whole)
+
     @compiled
     def step(params: Params, opt_state: Any, t: jax.typing.ArrayLike) -> tuple[Any, ...]:
         def grad_fn(point: Params, i: Any) -> Params:
             if record:
-                # From within a loop too, and in order.
-                jax.debug.callback(all_points.append, point, ordered=True)
+                # From within a loop too. As halves, for callbacks do not know of float64.
+                halves = jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32), point)
+                jax.debug.callback(record_point, halves, ordered=True)
             data = batch(*extra_batch(t, i))
             if extra_grad is not None:
                 return extra_grad(params, point, data)

@@ -135,6 +135,17 @@ def require_grad_fn(
     return checked
 
 
+def require_value(name: str, grad_fn: Any) -> Callable[[Any], jax.Array]:
+    """Returns `grad_fn.value`, the loss; raises unless there is one."""
+    value = getattr(grad_fn, "value", None)
+    if not callable(value):
+        raise ValueError(
+            f"flatopt.{name} compares losses, and grad_fn={grad_fn!r:.80} gives gradients alone. "
+            f"Use `{_CALL}`, or give yours a method `value(params)` that returns the loss."
+        )
+    return value
+
+
 def _require_two_arguments(grad_fn: Callable[..., Any], params: Any) -> None:
     """Raises unless `grad_fn(params, i)` can be called, as far as its signature tells."""
     try:

@@ -22,7 +22,7 @@ def inverse_root_fisher(grads: Any, eta: Any) -> Any:
 
 
 def climb_to_fisher_norm(grads: Any, rho: Any, eta: Any) -> Any:
-    r""":math:`\rho \, F^{-1} g / \sqrt{g^\top F^{-1} g}`: ASAM's formula with :math:`T^2 = F^{-1}`."""
+    r""":math:`\rho F^{-1} g / \sqrt{g^\top F^{-1} g}`: ASAM's formula with :math:`T^2 = F^{-1}`."""
     return climb_to_adaptive_norm(grads, inverse_root_fisher(grads, eta), rho)
 
 
@@ -46,7 +46,7 @@ def scale_to_fisher_norm(
       >>> import jax.numpy as jnp, flatopt
       >>> perturbation, grads = flatopt.scale_to_fisher_norm(0.5), jnp.array([1.0, 2.0, 0.0])
       >>> print(perturbation.update(grads, perturbation.init(grads))[0])
-      [0.21926449 0.1754116  0.        ]
+      [0.219 0.175 0.   ]
 
     References:
       As for `fisher_sam`.
@@ -82,7 +82,7 @@ def fisher_sam(
       >>> import jax.numpy as jnp, flatopt
       >>> tx, w = flatopt.fisher_sam(rho=0.5), jnp.array([1.0, 2.0, 0.0])
       >>> print(tx.update(w, tx.init(w), w, grad_fn=lambda w, i: w)[0])
-      [1.2192645 2.1754115 0.       ]
+      [1.219 2.175 0.   ]
 
     References:
       Kim, Li, Hu, Hospedales. Fisher SAM: Information Geometry and Sharpness Aware Minimisation.

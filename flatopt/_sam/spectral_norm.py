@@ -42,7 +42,7 @@ def climb_to_spectral_norm(grads: Any, rho: Any) -> Any:
 
 
 def scale_to_spectral_norm(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
-    r"""The displacement of a given spectral norm in each matrix that raises the loss most.
+    r"""Turns each matrix of the gradient into the steepest step of a given spectral norm.
 
     .. math:: \epsilon_l = \rho \, U_l V_l^\top, \quad g_l = U_l \Sigma_l V_l^\top, \qquad
       \epsilon_l = \rho \, g_l / \|g_l\| \; \text{for vectors}
@@ -52,9 +52,8 @@ def scale_to_spectral_norm(rho: optax.ScalarOrSchedule) -> optax.GradientTransfo
         a traced array, or a schedule of the step count (negative values count as 0).
 
     Returns:
-      A perturbation, leaf by leaf; the last axis of a leaf is the matrix's second, all others are
-      its first. Singular values below a thousandth of a gradient's norm come out short. A zero
-      gradient gives a zero displacement; inf or NaN give NaN.
+      A perturbation; a matrix has the last axis of a leaf as its second, all others as its first.
+      Zero gradients give zero, inf or NaN give NaN.
 
     Examples:
       >>> import jax.numpy as jnp, flatopt

@@ -32,9 +32,9 @@ def scale_by_partial_norm(
 
     Examples:
       >>> import jax.numpy as jnp, flatopt
-      >>> perturbation, grads = flatopt.scale_by_partial_norm(0.5, 0.5), jnp.array([3.0, 4.0])
+      >>> perturbation, grads = flatopt.scale_by_partial_norm(0.5, 0.25), jnp.array([3.0, 4.0])
       >>> print(perturbation.update(grads, perturbation.init(grads))[0])
-      [0.9 1.2]
+      [1.2 1.6]
 
     References:
       As for `unified_sam`.

@@ -1,6 +1,7 @@
 """Critical sharpness (Kalra et al., arXiv:2601.16979): from the step at which the loss rises."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -67,8 +68,7 @@ class _CriticalSharpness:
 
         nowhere = _Bracket(jnp.zeros_like(start), jnp.full_like(start, jnp.inf), jnp.int32(0))
         found = loops.run_while(is_wide, narrow, nowhere)
-        sharpness = jnp.where(found.low == 0, jnp.inf, 2 / found.high)
-        return jnp.where(jnp.isfinite(loss), sharpness, jnp.nan)
+        return jnp.where(jnp.isfinite(loss), 2 / found.high, jnp.nan)
 
 
 def critical_sharpness(
@@ -84,19 +84,17 @@ def critical_sharpness(
 ) -> jax.Array:
     r"""Two over the smallest learning rate at which a step along a direction raises the loss.
 
-    .. math:: \lambda_c = 2 / \eta_c, \qquad
-      \eta_c = \min \{ \eta > 0 : L(w - \eta \, d) > L(w) \}
+    .. math:: \lambda_c = 2 / \eta_c, \quad \eta_c = \min \{ \eta > 0 : L(w - \eta d) > L(w) \}
 
     Args:
       loss_fn, params, batches, weights, mask: see `hessian_vector_product`.
-      direction: d, a tree like `params`: an optimiser's update divided by minus its learning rate.
-        None is the gradient of the loss.
+      direction: d, like `params`, such as an update over minus its learning rate; None: gradient.
       learning_rate: where the search begins, > 0: it doubles or halves, then bisects.
       tolerance: width of the last interval over its upper end, in (0, 1). Static.
 
     Returns:
       A scalar: of a quadratic :math:`d^\top H d / d^\top g`, for the gradient never above the top
-      eigenvalue. 0 where no step raises the loss, inf where all that are tried do.
+      eigenvalue; 0 where no step raises the loss.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -111,9 +109,11 @@ def critical_sharpness(
     Cost: some 15 forward passes over the data, and 1 gradient without `direction`.
     """
     data = _batches.weigh(batches, weights)
-    number = {"schedule_allowed": False, "low": 0.0, "low_allowed": False}
-    checks.check_number("learning_rate", learning_rate, **number)
-    checks.check_number("tolerance", tolerance, high=1.0, high_allowed=False, **number)
+    check_number = functools.partial(
+        checks.check_number, low=0.0, low_allowed=False, schedule_allowed=False
+    )
+    check_number("learning_rate", learning_rate)
+    check_number("tolerance", tolerance, high=1.0, high_allowed=False)
     variables = _variables.prepare(loss_fn, params, data, mask)
     vector = None
     if direction is not None:

@@ -14,9 +14,7 @@ from tests import cases
 def test_a_step_by_hand():
     """The published program's order: the step divides by the precision of before."""
     rate, rho, n, b1, b2, delta, gamma = 0.5, 0.05, 40.0, 0.8, 0.9, 0.01, 0.1
-    tx = flatopt.bsam(
-        rate, rho, num_data=n, b1=b1, b2=b2, weight_decay=delta, damping=gamma, key=3
-    )
+    tx = flatopt.bsam(rate, rho, num_data=n, b1=b1, b2=b2, weight_decay=delta, damping=gamma, key=3)
     slopes, w = np.array([1.0, 4.0]), np.array([3.0, -1.0])
     m, s = np.zeros(2), np.ones(2)
     params, state = jnp.asarray(w, jnp.float32), tx.init(jnp.asarray(w, jnp.float32))
@@ -61,7 +59,7 @@ def test_the_posterior_of_a_quadratic_is_narrow_where_it_is_steep():
         return (optax.apply_updates(params, updates), state), optax.tree.get(state, "precision")
 
     _, precisions = jax.lax.scan(step, (params, tx.init(params)), length=20000)
-    # The mean of |z| is sqrt(2 / pi), and the draws' own scale cancels: E|g| sqrt(s) = h E|z| / sqrt N.
+    # The mean of |z| is sqrt(2 / pi), and the scale of the draws cancels in sqrt(s) |g|.
     expected = slopes * np.sqrt(2 / np.pi) / np.sqrt(n) + floor
     np.testing.assert_allclose(precisions[-5000:].mean(axis=0), expected, rtol=0.1)
 

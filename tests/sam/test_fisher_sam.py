@@ -30,7 +30,7 @@ def test_it_is_the_steepest_of_the_displacements_of_that_length_in_the_metric():
     displacement = _displaced(grads, eta)
     np.testing.assert_allclose(displacement @ (fisher * displacement), RHO**2, rtol=1e-5)
     others = jax.random.normal(jax.random.key(0), (1000, 4))
-    others *= RHO / jnp.sqrt(jnp.sum(fisher * others**2, axis=1, keepdims=True))
+    others *= RHO / jnp.sqrt(jnp.sum(fisher[None] * others**2, axis=1, keepdims=True))
     assert (others @ grads).max() <= displacement @ grads
     assert (others @ grads).max() > 0.9 * (displacement @ grads)
 

@@ -50,7 +50,8 @@ def test_lambda_is_a_share(lam: float):
 def test_replays(golden: Golden) -> None:
     """The named schedules count steps from 1."""
     hyper = golden.hyper
-    named = {"1/t": lambda step: 1 / (step + 1), "1-1/t": lambda step: 1 - 1 / (step + 1)}
+    inverse = lambda step: 1 / (jnp.asarray(step, float) + 1)  # noqa: E731
+    named = {"1/t": inverse, "1-1/t": lambda step: 1 - inverse(step)}
     lam = named.get(hyper["lambd"], hyper["lambd"])
     stage = flatopt.unified_sam(hyper["rho"], lam)
     tx = optax.chain(stage, torch_optimizer(hyper, golden.learning_rate))

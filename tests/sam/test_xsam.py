@@ -154,9 +154,7 @@ def test_it_knows_gradients_of_every_size(size: float):
     stage = flatopt.xsam(0.5, alpha=2.0)
 
     def turned(size):
-        def grad_fn(w, i):
-            return size * slopes * w
-
+        grad_fn = lambda w, i: size * slopes * w  # noqa: E731
         return stage.update(grad_fn(params, 0), stage.init(params), params, grad_fn=grad_fn)[0]
 
     finite = turned(size)
