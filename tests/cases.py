@@ -186,9 +186,9 @@ CASES = [
     Case("rwp", "stage", {"std": 0.1, "every": 2}, "std", 0.0, extra_evaluations=5, bench=Bench("two gradients and more work", kwargs={"every": None})),
     Case("rwp", "stage", {"std": 0.1, "every": 5}, "std", 0.0, extra_evaluations=2, variant="every", bench=Bench("one gradient", "rwp every=5")),
     Case("arwp", "stage", {"std": 0.1, "eta": 1.0, "decay": 0.9}, "std", 0.0, extra_evaluations=10, copies=0.01, bench=Bench("two gradients and more work")),
-    Case("unified_sam", "stage", {"rho": 0.05, "lam": 0.5}, "rho", 0.0, extra_evaluations=10),
-    Case("fisher_sam", "stage", {"rho": 0.05, "eta": 2.0}, "rho", 0.0, extra_evaluations=10),
-    Case("xsam", "stage", {"rho": 0.05, "rho_max": 0.1, "alpha_every": 4}, "rho", 0.0, extra_evaluations=10),
+    Case("unified_sam", "stage", {"rho": 0.05, "lam": 0.5}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients")),
+    Case("fisher_sam", "stage", {"rho": 0.05, "eta": 2.0}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients")),
+    Case("xsam", "stage", {"rho": 0.05, "rho_max": 0.1, "alpha_every": 4}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients and more work", kwargs={"alpha_every": 100})),
     Case("xsam", "stage", {"rho": 0.05, "alpha": 1.5, "num_steps": 3, "start": 4, "every": 3}, "rho", 0.0, extra_evaluations=6, variant="alpha"),
     # local entropy
     Case("langevin", "wrapper", {"learning_rate": 0.05, "temperature": 1e-4}, "temperature", copies=-1, bench=Bench("inner loops and replicas")),
@@ -210,7 +210,7 @@ CASES = [
     # wrappers
     Case("wsam", "wrapper", {"optimizer": sgd(), "learning_rate": LEARNING_RATE, "rho": 0.05, "gamma": 0.8}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients")),
     Case("wsam", "wrapper", {"optimizer": sgd(), "learning_rate": LEARNING_RATE, "rho": 0.05, "gamma": 0.5, "decouple": False, "max_norm": 10.0}, "rho", 0.0, extra_evaluations=10, variant="coupled"),
-    Case("bsam", "wrapper", {"learning_rate": 0.05, "rho": 0.01, "num_data": 100.0}, "rho", extra_evaluations=20, copies=1),
+    Case("bsam", "wrapper", {"learning_rate": 0.05, "rho": 0.01, "num_data": 100.0}, "rho", extra_evaluations=20, copies=1, bench=Bench("two gradients and more work")),
     Case("sampa", "wrapper", {"optimizer": sgd(), "rho": 0.05}, "rho", 0.0, extra_evaluations=20, copies=1, bench=Bench("two gradients and more work")),
     Case("hold_perturbed", "wrapper", {"optimizer": sgd(), "perturbation": flatopt.scale_to_norm(0.05)}, copies=1, bench=Bench("one gradient")),
     Case("msam", "wrapper", {"optimizer": sgd(), "rho": 0.1}, "rho", 0.0, bench=Bench("one gradient", kwargs={"rho": 0.05})),
