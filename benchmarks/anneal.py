@@ -48,7 +48,7 @@ RADII = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Sizes of one data set: the rest of the pool trains and validates, the test images are fixed."""
+    """Sizes of one data set; the test images are fixed, all others train and validate."""
 
     train_size: int
     validation_size: int
@@ -142,7 +142,7 @@ def load(name: str, data_dir: Path | None) -> datasets.Dataset:
         images = np.round(images).astype(np.uint8)
     pool = len(images) - setting.test_size if data.num_train is None else data.num_train
     order = np.arange(len(images))
-    if data.num_train is None:
+    if data.num_train is None:  # There is no order to keep.
         order = np.random.default_rng(0).permutation(len(images))
     images, labels = images[order], data.labels[order]
     shift, scale = data.shift, data.scale
@@ -153,13 +153,14 @@ def load(name: str, data_dir: Path | None) -> datasets.Dataset:
 
 def make_task(data: datasets.Dataset, setting: Setting, seeds: list[int], tuning: bool) -> Any:
     """A model and the images of each seed: judged on validation images or on the test images."""
-    rows = [np.random.default_rng([seed, 7]).permutation(data.num_train) for seed in seeds]
+    pool = data.largest_train_size
+    rows = [np.random.default_rng([seed, 7]).permutation(pool) for seed in seeds]
     train = np.stack([r[: setting.train_size] for r in rows]).astype(np.int32)
     if tuning:
         end = setting.train_size + setting.validation_size
         judged = np.stack([r[setting.train_size : end] for r in rows]).astype(np.int32)
     else:
-        test = np.arange(data.num_train, len(data.images), dtype=np.int32)
+        test = np.arange(pool, len(data.images), dtype=np.int32)
         judged = np.tile(test, (len(seeds), 1))
     split = datasets.Split(train, data.labels[train], judged)
     return training.Task(MLP(classes=data.classes), data, split, seeds)
