@@ -83,7 +83,7 @@ class Arm:
         return f"{self.ascent} + {self.base}{how[self.when]}" if self.ascent else self.base
 
     def steps(self, gradients: int) -> int:
-        """The most updates that take no more than so many gradients."""
+        """A number of updates that take so many gradients, or one fewer."""
         share = {"throughout": 1.0, "anneal": ANNEAL, "every": 1 / EVERY}[self.when]
         steps = int(gradients / (1 + share)) if self.ascent else gradients
         while self._gradients(steps) > gradients:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, rng, tree_math
+from flatopt._core import checks, registry, rng, tree_math
 from flatopt._core.grad_fn import GradientFunction
 from flatopt._core.timing import nonnegative_at
 
@@ -52,6 +52,7 @@ class BsamState(NamedTuple):
     precision: Any
 
 
+@registry.method("optimizer", needs=("grad_fn",))
 def bsam(
     learning_rate: optax.ScalarOrSchedule,
     rho: optax.ScalarOrSchedule,

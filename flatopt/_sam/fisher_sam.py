@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, stage, tree_math
+from flatopt._core import checks, registry, stage, tree_math
 from flatopt._sam.ascent import climb_to_adaptive_norm
 from flatopt._sam.gradient_at import ascent_stage
 
@@ -58,6 +58,7 @@ def scale_to_fisher_norm(
     return stage.perturbation(climb_to_fisher_norm, rho=rho, eta=eta)
 
 
+@registry.method("stage", needs=("grad_fn",))
 def fisher_sam(
     rho: optax.ScalarOrSchedule,
     eta: optax.ScalarOrSchedule = 1.0,

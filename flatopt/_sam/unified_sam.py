@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from flatopt._core import checks, stage, tree_math
+from flatopt._core import checks, registry, stage, tree_math
 from flatopt._sam.ascent import finite_norm
 from flatopt._sam.gradient_at import ascent_stage
 
@@ -46,6 +46,7 @@ def scale_by_partial_norm(
     return stage.perturbation(climb_partly_normalised, rho=rho, lam=lam)
 
 
+@registry.method("stage", needs=("grad_fn",))
 def unified_sam(
     rho: optax.ScalarOrSchedule,
     lam: optax.ScalarOrSchedule = 0.5,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flatopt._core import checks, tree_math
+from flatopt._core import checks, registry, tree_math
 from flatopt._core.timing import Every, nonnegative_at, value_at
 from flatopt._sam.ascent import climb_to_norm, scale_to_norm
 from flatopt._sam.gradient_at import ascent_stage
@@ -136,6 +136,7 @@ def follow_arc(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@registry.method("stage", needs=("grad_fn",))
 def xsam(
     rho: optax.ScalarOrSchedule,
     rho_max: optax.ScalarOrSchedule | None = None,
