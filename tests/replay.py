@@ -269,7 +269,7 @@ def replay(
 
     Returns:
       `traj/`, `eval/`, `loss`, `grad0/`, the fields of `buffers`, and, where the file has it,
-      `pert/`: the points of all extra gradients, in order.
+      `pert/`: the points of all extra gradients, in order, without those of Hessian products.
     """
     tx = optax.with_extra_args_support(tx)
     own_loss, batch = problem(golden)
@@ -283,7 +283,7 @@ def replay(
         points: list[Params] = []
 
         def grad_fn(point: Params, i: Any) -> Params:
-            if record:
+            if record and not _is_differentiated(point):
                 points.append(point)
             data = batch(*extra_batch(t, i))
             if extra_grad is not None:
@@ -291,7 +291,7 @@ def replay(
             return value_and_grad(point, *data)[1]
 
         loss, grads = value_and_grad(params, *batch(t, 0))
-        updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
+        updates, opt_state = tx.update(grads, opt_state, params, value=loss, grad_fn=grad_fn)
         params = optax.apply_updates(params, updates)
         kept = {field: get(opt_state) for field, get in (buffers or {}).items()}
         evaluation = flatopt.eval_params(opt_state, params)
@@ -336,6 +336,12 @@ def assert_agrees(
     for key, value in desired.items():
         assert actual[key].shape == value.shape, f"{key}: {actual[key].shape} != {value.shape}"
         np.testing.assert_allclose(actual[key], value, RTOL, ATOL, err_msg=key)
+
+
+def _is_differentiated(point: Params) -> bool:
+    """Whether a derivative of the gradient is taken there, as for products with the Hessian."""
+    tracers = jax.interpreters.ad.JVPTracer
+    return any(isinstance(x, tracers) for x in jax.tree.leaves(point))
 
 
 def _stack(field: str, trees: list[Params]) -> dict[str, Array]:

@@ -109,6 +109,16 @@ def require_arrays(name: str, tree: Any) -> None:
             )
 
 
+def require_value(name: str, value: Any) -> None:
+    """Raises unless the caller handed over the loss."""
+    if value is None:
+        raise ValueError(
+            f"flatopt.{name} needs the loss at the parameters. Write\n"
+            "    loss, grads = jax.value_and_grad(loss_fn)(params, batch)\n"
+            "    updates, opt_state = tx.update(grads, opt_state, params, value=loss)"
+        )
+
+
 def require_grad_fn(
     name: str, grad_fn: Callable[..., Any] | None, params: Any
 ) -> Callable[[Any, Any], Any]:
