@@ -183,9 +183,9 @@ CASES = [
     Case("rwp", "stage", {"std": 0.1, "every": 2}, "std", 0.0, extra_evaluations=5, bench=Bench("two gradients and more work", kwargs={"every": None})),
     Case("rwp", "stage", {"std": 0.1, "every": 5}, "std", 0.0, extra_evaluations=2, variant="every", bench=Bench("one gradient", "rwp every=5")),
     Case("arwp", "stage", {"std": 0.1, "eta": 1.0, "decay": 0.9}, "std", 0.0, extra_evaluations=10, copies=0.01, bench=Bench("two gradients and more work")),
-    Case("sassha", "stage", {"rho": 0.05, "every": 5}, "rho", extra_evaluations=12, copies=2, bench=Bench("two gradients and more work", "sassha every=10", {"every": 10})),
-    Case("sassha", "stage", {"rho": 0.5, "power": 1.0, "eps": 0.1, "every": 1, "perturbation": flatopt.scale_to_adaptive_norm(0.5)}, extra_evaluations=20, copies=2, variant="power"),
-    Case("scale_by_hutchinson", "stage", {"power": 0.5, "eps": 0.1, "every": 5}, "power", extra_evaluations=2, copies=2),
+    Case("sassha", "stage", {"rho": 0.05, "b1": 0.5, "eps": 0.5, "every": 5}, "rho", extra_evaluations=12, copies=2, bench=Bench("two gradients and more work", "sassha every=10", {"every": 10})),
+    Case("sassha", "stage", {"rho": 0.5, "b1": 0.2, "power": 1.0, "eps": 0.5, "every": 1, "perturbation": flatopt.scale_to_adaptive_norm(0.5)}, extra_evaluations=20, copies=2, variant="power"),
+    Case("scale_by_hutchinson", "stage", {"power": 0.5, "b1": 0.5, "eps": 0.5, "every": 5}, "power", extra_evaluations=2, copies=2),
     # local entropy
     Case("langevin", "wrapper", {"learning_rate": 0.05, "temperature": 1e-4}, "temperature", copies=-1, bench=Bench("inner loops and replicas")),
     Case("local_entropy", "stage", {"num_steps": 4, "gamma": 0.5, "noise": 0.01}, "gamma", extra_evaluations=30, bench=Bench("inner loops and replicas", "local_entropy L=5", {"num_steps": 5})),
@@ -234,9 +234,9 @@ CASES = [
     Case("lookahead", "wrapper", {"optimizer": sgd(), "every": 2, "pull_back": True, "start": 3}, copies=2, variant="pull_back"),
     Case("periodic_swa", "wrapper", {"optimizer": sgd(), "period": 4}, copies=1, bench=Bench("averages", "periodic_swa period=5", {"period": 5})),
     Case("periodic_swa", "wrapper", {"optimizer": optax.adamw(0.05), "period": 4, "start": 3, "every": 2, "stop": 6}, copies=1, variant="stop"),
-    Case("pace", "wrapper", {"learning_rate": 0.05}, "learning_rate", copies=2, bench=Bench("adamw")),  # Adam's two and the mean, less SGD's one.
+    Case("pace", "wrapper", {"learning_rate": 0.05, "strength": 0.15, "b2": 0.9}, "strength", copies=2, bench=Bench("adamw")),  # Adam's two and the mean, less SGD's one.
     Case("pace", "wrapper", {"learning_rate": 0.05, "strength": 0.5, "decay": 0.9, "every": 2}, "strength", copies=2, variant="decay"),
-    Case("schedule_free_plus", "wrapper", {"beta": 0.9}, "beta", copies=3, needs_value=True, bench=Bench("adamw")),
+    Case("schedule_free_plus", "wrapper", {"beta": 0.5}, "beta", copies=3, needs_value=True, bench=Bench("adamw")),
     Case("schedule_free_plus", "wrapper", {"direction": optax.scale_by_adam(), "learning_rate": 0.7, "r": 2.0, "norm_decay": 0.7, "weight_decay": 0.1, "start": 3}, "learning_rate", copies=3, needs_value=True, variant="start"),
     # sparse training
     Case("sparse_training", "wrapper", {"optimizer": sgd(), "sparsity": 0.5, "every": 2, "fraction": 0.5}, "fraction", copies=0.25),

@@ -152,7 +152,7 @@ class Task:
 
 def step(
     tx: optax.GradientTransformationExtraArgs,
-    grad_fn: Callable[..., Any],
+    grad_fn: flatopt.GradFn,
     carry: Carry,
     extra_grad_fn: Callable[..., Any] | None = None,
 ) -> Carry:
@@ -161,8 +161,10 @@ def step(
     With `extra_grad_fn` the gradients that the optimiser asks for come from there.
     """
     params, opt_state = carry
-    grads = grad_fn(params, 0)
-    updates, opt_state = tx.update(grads, opt_state, params, grad_fn=extra_grad_fn or grad_fn)
+    loss, grads = grad_fn.value_and_grad(params)
+    updates, opt_state = tx.update(
+        grads, opt_state, params, value=loss, grad_fn=extra_grad_fn or grad_fn
+    )
     return Carry(optax.apply_updates(params, updates), opt_state)
 
 
@@ -252,8 +254,8 @@ def _chunk_size(steps: int, most: int) -> int:
 def count_gradients(tx: optax.GradientTransformation, steps: int) -> int:
     """Counts the gradient evaluations of a whole run of `steps` updates.
 
-    The same `step` runs on a tiny problem with a gradient that calls back each time it is
-    evaluated, so that branches not taken do not count.
+    The same `step` runs on a tiny problem with a loss that calls back each time it is evaluated, so
+    that branches not taken do not count. A product with the Hessian counts as one.
     """
     tx = optax.with_extra_args_support(tx)
     counter = itertools.count()
@@ -261,10 +263,12 @@ def count_gradients(tx: optax.GradientTransformation, steps: int) -> int:
     def count(_: Any) -> None:
         next(counter)
 
-    def grad_fn(params: Any, i: jax.typing.ArrayLike) -> Any:
-        # With its number as argument, mapped over replicas it is called once for each.
-        jax.debug.callback(count, i)
-        return params
+    def loss(params: Any) -> jax.Array:
+        # With a parameter as argument, mapped over replicas it is called once for each.
+        jax.debug.callback(count, params["bias"])
+        return 0.5 * optax.tree.norm(params, squared=True)
+
+    grad_fn = flatopt.make_grad_fn(loss)
 
     def one(carry: Carry, _: None) -> tuple[Carry, None]:
         return step(tx, grad_fn, carry), None

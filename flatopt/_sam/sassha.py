@@ -45,6 +45,11 @@ def absolute_diagonal(grad: Callable[[Any], Any], point: optax.Params, z: Any) -
     return jax.tree.map(leaf, z, product)
 
 
+def debias(mean: optax.Updates, decay: Any, t: jax.Array) -> optax.Updates:
+    r""":math:`m / (1 - b^t)`; written so, float32 keeps the digits of 1 - b."""
+    return tree_math.scale(-1 / jnp.expm1(t * jnp.log1p(decay - 1)), mean)
+
+
 def stable_step(mu: Any, nu: Any, power: Any, eps: Any) -> optax.Updates:
     r"""The gradient over the curvature, :math:`\hat m / (\hat h^p + \epsilon)`."""
     return jax.tree.map(lambda m, h: m / (h.real**power + eps), mu, nu)
@@ -119,12 +124,10 @@ def scale_by_hutchinson(
         t = optax.safe_increment(state.t)
         mu = means.towards(state.mu, updates, 1 - b1)
         nu, noise_state = when.run(state.t, renew, (state.nu, state.noise_state))
+        # By the update that made the latest estimate, not by the number of estimates.
+        latest = 1 + state.t - state.t % when.every
         step = stable_step(
-            optax.tree.bias_correction(mu, b1, t),
-            # By the update that made the latest estimate, not by their number.
-            optax.tree.bias_correction(nu, b2, 1 + state.t - state.t % when.every),
-            nonnegative_at(power, state.t),
-            eps,
+            debias(mu, b1, t), debias(nu, b2, latest), nonnegative_at(power, state.t), eps
         )
         new = HutchinsonState(t, mu, nu, noise_state)
         # The stage may stand outside `apply_if_finite`: it must not keep what that will reject.

@@ -158,7 +158,7 @@ def test_on_an_ellipsoid_it_is_newton_s_step():
     grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * jnp.sum(curvature * w**2))
     tx = flatopt.scale_by_hutchinson(power=1.0, eps=1e-12)
     step, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
-    np.testing.assert_allclose(step, w, rtol=1e-4)  # As 1 - b2 is rounded.
+    np.testing.assert_allclose(step, w, rtol=1e-6)
     np.testing.assert_allclose(state.nu / (1 - 0.999), curvature, rtol=1e-4)
 
 
@@ -177,11 +177,11 @@ def test_it_looks_at_the_ascended_point():
     climbed = w + rho * grad_fn(w) / jnp.linalg.norm(grad_fn(w))
     for tx, at in ((flatopt.sassha(rho, power=1.0), climbed), (flatopt.sassha(0.0, power=1.0), w)):
         step, _ = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
-        np.testing.assert_allclose(step, 4 * at**3 / (12 * at**2 + 1e-4), rtol=1e-4)
+        np.testing.assert_allclose(step, 4 * at**3 / (12 * at**2 + 1e-4), rtol=1e-6)
     # After `sam`, in a chain, the gradient alone is that of the ascended point.
     tx = optax.chain(flatopt.sam(rho), flatopt.scale_by_hutchinson(power=1.0))
     step, _ = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
-    np.testing.assert_allclose(step, 4 * climbed**3 / (12 * w**2 + 1e-4), rtol=1e-4)
+    np.testing.assert_allclose(step, 4 * climbed**3 / (12 * w**2 + 1e-4), rtol=1e-6)
 
 
 @pytest.mark.parametrize("hold", [False, True])
@@ -244,7 +244,7 @@ def test_curvature_of_either_sign_and_none():
     grad_fn = flatopt.make_grad_fn(lambda w: w[0] ** 2 - w[1] ** 2 + w[2])
     tx = flatopt.scale_by_hutchinson(power=1.0, eps=0.5)
     step, _ = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
-    np.testing.assert_allclose(step, [2 / 2.5, -2 / 2.5, 1 / 0.5], rtol=1e-4)
+    np.testing.assert_allclose(step, [2 / 2.5, -2 / 2.5, 1 / 0.5], rtol=1e-6)
     assert not jnp.isnan(stable_step(jnp.zeros(1), jnp.zeros(1), 0.5, 1e-4)).any()
 
 
