@@ -10,7 +10,7 @@ import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import optax
@@ -29,10 +29,10 @@ RHO, HESSIAN_EVERY = 0.1, 10
 EPSILON = 0.01
 ADAM_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SCHEDULES: dict[str, Callable[[float, int], optax.ScalarOrSchedule]] = {
-    "constant": lambda rate, steps: rate,
+    "constant": lambda rate, _: rate,
     "cosine": optax.cosine_decay_schedule,
 }
-Rate = optax.ScalarOrSchedule
+Rate: TypeAlias = optax.ScalarOrSchedule
 
 
 class Method(NamedTuple):
@@ -105,14 +105,13 @@ def train(task: Any, batches: Any, method: Method, rate: float, schedule: str) -
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Chooses the rates on some seeds, and trains on the others."""
-    tuning = prepare(range(args.first_tuning_seed, args.first_tuning_seed + args.tuning_seeds), args)
+    first = args.first_tuning_seed
+    tuning = prepare(range(first, first + args.tuning_seeds), args)
     final = prepare(range(args.first_seed, args.first_seed + args.seeds), args)
     results = []
     for name, method in METHODS.items():
         grid = list(itertools.product(method.rates, method.schedules))
-        tried = [
-            train(*tuning, method, *setting) for setting in tqdm(grid, desc=name, leave=False)
-        ]
+        tried = [train(*tuning, method, *setting) for setting in tqdm(grid, desc=name, leave=False)]
         accuracies = [np.mean(t["test_accuracy"]) for t in tried]
         best = tried[int(np.argmax(accuracies))]
         shown = [

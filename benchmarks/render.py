@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks import (
     accelerators,
+    averages,
     compile_time,
     draw,
     local_entropy,
@@ -181,6 +182,7 @@ def _perceptron(results: dict[str, Any]) -> list[str]:
 
 _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "accelerators": accelerators.lines,
+    "averages": averages.lines,
     "batch_norm_compare": _batch_norm,
     "compare": _compare,
     "compile_time": compile_time.lines,

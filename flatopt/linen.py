@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import jax
@@ -125,9 +125,6 @@ def recompute_batch_stats(
       >>> print(f"{s['mean'][0]:.4f} {s['var'][0]:.4f}")
       3.0000 0.6667
 
-    References:
-      As for `swa`.
-
     Cost: 0 gradients; 1 forward pass a batch, compiled once for each of their shapes.
     """
     original = variables["batch_stats"]
@@ -151,20 +148,29 @@ def recompute_batch_stats(
         for path in keep
     }
 
-    @jax.jit
-    def measure(args: tuple[Any, ...]) -> dict[_Path, jax.Array]:
-        inputs: dict[_Path, Any] = {}
-        with nn.intercept_methods(functools.partial(_keep_inputs, inputs)):
-            stored = flax.traverse_util.flatten_dict(apply(zeroed, args))
-        seen = {path: stored[path] / (1 - momentum) for path, momentum in keep.items()}
-        for path, (shape, axis) in inputs.items() if unbiased else ():
-            seen[*path, "var"] = _unbiased(seen[*path, "var"], shape, axis, path)
-        return seen
-
-    mean = average_over(measure, arguments, sample_weighted=sample_weighted, weights=weights)
+    measure = functools.partial(_measure, functools.partial(apply, zeroed), keep, unbiased)
+    mean = average_over(
+        jax.jit(measure), arguments, sample_weighted=sample_weighted, weights=weights
+    )
     new = leaves | {path: mean[path].astype(leaves[path].dtype) for path in keep}
     result = flax.traverse_util.unflatten_dict(new)
     return flax.core.freeze(result) if isinstance(original, flax.core.FrozenDict) else result
+
+
+def _measure(
+    apply: Callable[[tuple[Any, ...]], Any],
+    momenta: Mapping[_Path, float],
+    unbiased: bool,
+    args: tuple[Any, ...],
+) -> dict[_Path, jax.Array]:
+    """What the layers saw in one batch, from what they stored of it."""
+    inputs: dict[_Path, Any] = {}
+    with nn.intercept_methods(functools.partial(_keep_inputs, inputs)):
+        stored = flax.traverse_util.flatten_dict(apply(args))
+    seen = {path: stored[path] / (1 - momentum) for path, momentum in momenta.items()}
+    for path, (shape, axis) in inputs.items() if unbiased else ():
+        seen[*path, "var"] = _unbiased(seen[*path, "var"], shape, axis, path)
+    return seen
 
 
 def _keep_inputs(

@@ -67,10 +67,9 @@ def bema(
 
     Args:
       kappa, eta: powers >= 0 of share and correction: numbers, traced arrays, or schedules.
-      lag, multiplier, min_share: :math:`\rho` and :math:`\gamma`, >= 0; the least
-        :math:`\beta_t`, in [0, 1]. t counts updates, not models.
-      start, every, accumulator_dtype: see `swa`; :math:`w_0` and e are those with `start - every`
-        updates made. The authors act every 400.
+      lag, multiplier, min_share: :math:`\rho, \gamma \ge 0`; the least :math:`\beta_t`, in [0, 1].
+      start, every, accumulator_dtype: see `swa`. t counts updates; :math:`w_0` and the first e are
+        the weights with `start - every` updates made. The authors act every 400.
 
     Returns:
       A stage to be chained last, as `swa`; needs `params`.

@@ -1,13 +1,12 @@
 """PACE (Au, Block, arXiv:2606.25086): AdamW, pulled to the mean at which it will be evaluated."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, means, tree_math
+from flatopt._core import checks, means, stage, tree_math
 from flatopt._core.timing import Every, value_at
 
 SMALLEST_SHARE = 1e-4  # Of the newest weights in the mean; the authors' program has it too.
@@ -38,7 +37,7 @@ def newest_share(t: jax.Array, *, kappa: Any, gamma: Any, offset: Any) -> jax.Ar
     return jnp.maximum(time**-kappa, SMALLEST_SHARE)
 
 
-def pull(mean: Any, params: Any, nu: Any, strength: Any, *, eps: Any, clip: bool) -> optax.Updates:
+def pull(mean: Any, params: Any, nu: Any, strength: Any, eps: Any, *, clip: bool) -> optax.Updates:
     r"""The pull to the mean, :math:`\min(1, c / (\sqrt{\hat v} + \epsilon)) \, (\bar w - w)`."""
 
     def leaf(mean: jax.Array, param: jax.Array, nu: jax.Array) -> jax.Array:
@@ -66,16 +65,13 @@ def pace(
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW whose weights are pulled to their exponential mean, at which it is evaluated.
 
-    .. math:: w_{t+1} = w_t + u_t + \min\big(1, \tfrac{\eta c d_t}{\sqrt{\hat v_t} + \epsilon}\big)
-        (\bar w - w_t), \quad \bar w \leftarrow \bar w + d_t (w_{t+1} - \bar w)
+    .. math:: w \leftarrow w + u_t + \min(1, \eta c d_t / (\sqrt{\hat v_t} + \epsilon)) (\bar w - w)
 
     Args:
       learning_rate, strength: :math:`\eta`, c, >= 0: numbers, traced arrays, or schedules.
-      kappa, gamma, offset: >= 0, of :math:`d_t = (1 + \gamma \max(t - \rho, 0))^{-\kappa}`; it is
-        1e-4 at least.
+      kappa, gamma, offset: of :math:`d_t = (1 + \gamma \max(t - \rho, 0))^{-\kappa}`, all >= 0.
       decay: 1 - d, in [0, 1), for a mean of fixed decay; then the pull has no :math:`d_t`.
-      clip: whether no entry is pulled beyond the mean, as in the formula. Static.
-      every: updates from one of the mean to the next, >= 1; None is 1. Static.
+      clip, every: whether there is the minimum; period of the mean, >= 1, None is 1. Static.
       b1, b2, eps, weight_decay, accumulator_dtype: as for `gadam`.
 
     Returns:
@@ -93,10 +89,8 @@ def pace(
 
     Cost: 0 extra gradients; 3 copies, Adam's two among them.
     """
-    _check(kappa=kappa, gamma=gamma, offset=offset, eps=eps, b1=b1, b2=b2, decay=decay)
-    for name, value in (("learning_rate", learning_rate), ("strength", strength)):
-        checks.check_number(name, value, low=0.0)
-    checks.check_number("weight_decay", weight_decay, low=0.0)
+    powers = {"kappa": kappa, "gamma": gamma, "offset": offset}
+    _check((learning_rate, strength, weight_decay), (b1, b2, decay), eps=eps, **powers)
     when = Every.after_update(None, every)
     adamw = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
 
@@ -105,34 +99,30 @@ def pace(
         return PaceState(jnp.zeros([], jnp.int32), adamw.init(params), mean)
 
     def update_fn(
-        updates: optax.Updates,
-        state: PaceState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: Any, state: PaceState, params: Any = None
     ) -> tuple[optax.Updates, PaceState]:
-        del extra_args
-        checks.require_params("pace", params)
-        step, scale = optax.safe_increment(state.step), 1
-        if decay is None:
-            share = scale = newest_share(step, kappa=kappa, gamma=gamma, offset=offset)
-        else:
-            share = 1 - decay
+        step = optax.safe_increment(state.step)
+        share: Any = newest_share(step, **powers)
+        scale = value_at(learning_rate, state.step) * value_at(strength, state.step)
+        share, scale = (share, scale * share) if decay is None else (1 - decay, scale)
         moves, inner_state = adamw.update(updates, state.inner_state, params)
         nu = optax.tree.bias_correction(inner_state[0].nu, b2, inner_state[0].count)
-        scale *= value_at(learning_rate, state.step) * value_at(strength, state.step)
-        pulls = pull(state.mean, params, nu, scale, eps=eps, clip=clip)
-        moves = tree_math.add_scaled(moves, 1, pulls)
+        moves = tree_math.add_scaled(moves, 1, pull(state.mean, params, nu, scale, eps, clip=clip))
         landed = means.reached(params, moves)
         mean = when.run(step, lambda mean: means.towards(mean, landed, share), state.mean)
         return moves, PaceState(step, inner_state, mean)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return stage.needs_params("pace", optax.GradientTransformation(init_fn, update_fn))
 
 
-def _check(*, b1: float, b2: float, decay: float | None, **others: float) -> None:
-    check_number = functools.partial(checks.check_number, low=0.0, schedule_allowed=False)
+def _check(scheduled: tuple[Any, ...], decays: tuple[Any, ...], **others: Any) -> None:
+    names = ("learning_rate", "strength", "weight_decay")
+    for name, value in zip(names, scheduled, strict=True):
+        checks.check_number(name, value, low=0.0)
     for name, value in others.items():
-        check_number(name, value)
-    decays = {"b1": b1, "b2": b2} | ({} if decay is None else {"decay": decay})
-    for name, value in decays.items():
-        check_number(name, value, high=1.0, high_allowed=False)
+        checks.check_number(name, value, low=0.0, schedule_allowed=False)
+    for name, value in zip(("b1", "b2", "decay"), decays, strict=True):
+        if value is not None:
+            checks.check_number(
+                name, value, low=0.0, high=1.0, high_allowed=False, schedule_allowed=False
+            )

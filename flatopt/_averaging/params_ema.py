@@ -59,8 +59,9 @@ def ema_decay_schedule(
     check_number("power", power)
 
     def schedule(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
-        risen = 1 - (1 + jnp.asarray(step, jnp.result_type(float)) / gamma) ** -power
-        return jnp.where(step > 0, jnp.maximum(jnp.minimum(risen, decay), min_decay), 0.0)
+        time = jnp.asarray(step, jnp.result_type(float)) / gamma
+        risen = 1 - (1 + time) ** -power
+        return jnp.where(time > 0, jnp.maximum(jnp.minimum(risen, decay), min_decay), 0.0)
 
     return schedule
 
@@ -92,11 +93,10 @@ def params_ema(
 
     Examples:
       >>> import jax.numpy as jnp, flatopt
-      >>> stage, zero = flatopt.params_ema(0.5), jnp.array(0.0)
+      >>> stage, zero = flatopt.params_ema(0.5, initial=True), jnp.array(0.0)
       >>> _, state = stage.update(zero, stage.init(zero), jnp.array(1.0))
-      >>> _, state = stage.update(zero, state, jnp.array(2.0))
-      >>> print(f"{flatopt.eval_params(state, zero):.4f}")  # shares 1/3, 2/3
-      1.6667
+      >>> print(f"{flatopt.eval_params(state, zero):.4f}")  # shares 1/3 of 0, 2/3 of 1
+      0.6667
 
     References:
       Polyak, Juditsky. Acceleration of Stochastic Approximation by Averaging. SICON 30(4), 1992.

@@ -1,5 +1,6 @@
 """ScheduleFree+ (Defazio, arXiv:2605.19095): an average instead of a schedule, Polyak's step."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -54,6 +55,23 @@ def polyak_step(value: Any, grads: Any, x: Any, z: Any, *, beta: Any, norm: Any)
     return tree_math.ratio_or_zero(jnp.maximum(value + rise, 0), math.sqrt(math.pi / 2) * norm)
 
 
+def descend(z: Any, y: Any, direction: Any, rate: Any, decay: Any) -> Any:
+    r"""The iterate's step, :math:`z - \alpha (d + \alpha \lambda y)`."""
+    return tree_math.add_scaled(z, -rate, tree_math.add_scaled(direction, rate * decay, y))
+
+
+def weigh(
+    state: ScheduleFreePlusState, rate: jax.Array, t: jax.Array, *, r: float, p: float, start: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The largest step, the total weight, and the share of model t: 1 until `start`."""
+    largest = jnp.maximum(rate, state.max_rate)
+    weight = t.astype(largest.dtype) ** r * largest**p
+    total = state.total_weight + weight
+    begun = t >= start
+    share = jnp.where(begun, tree_math.ratio_or_zero(weight, total), 1)
+    return largest, jnp.where(begun, total, state.total_weight), share
+
+
 def between(x: Any, z: Any, beta: Any) -> Any:
     r"""Where the gradient is taken, :math:`y = \beta x + (1 - \beta) z`."""
     return means.towards(z, x, beta)
@@ -73,16 +91,14 @@ def schedule_free_plus(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Training without a learning rate or its schedule: Polyak's steps, and their average.
 
-    .. math:: z \leftarrow z - \alpha_t (d_t + \alpha_t \lambda y), \;
-      x \leftarrow x + c_t (z - x), \; y = \beta x + (1 - \beta) z, \;
-      \alpha_t = \eta \tfrac{\max(0, L(y) + \beta g \cdot (z - x))}{\sqrt{\pi / 2} \, \|g\|_1}
+    .. math:: z \leftarrow z - \alpha (d + \alpha \lambda y), x \leftarrow x + c (z - x), y = z +
+      \beta (x - z), \, \alpha = \eta \max(0, L + \beta g \cdot (z - x)) / (\sqrt{\pi / 2} \|g\|_1)
 
     Args:
-      direction: makes :math:`d_t` of the gradient g at y; None is `optax.scale_by_adam(b2=0.95)`.
-      learning_rate, beta: :math:`\eta \ge 0`; :math:`\beta \in [0, 1]`: or schedules.
+      direction: makes d of the gradient g at y; None is `optax.scale_by_adam(b2=0.95)`.
+      learning_rate, beta: :math:`\eta \ge 0`, :math:`\beta \in [0, 1]`: or schedules.
       r, p: >= 0; model t weighs :math:`t^r (\max_{s \le t} \alpha_s)^p` in the average x.
-      norm_decay: of a debiased running mean of the 1-norms, in [0, 1).
-      weight_decay: :math:`\lambda`, >= 0; for AdamW's 0.1, something like 20.
+      norm_decay, weight_decay: of a running mean of the 1-norms, in [0, 1); :math:`\lambda \ge 0`.
       start, accumulator_dtype: of the average, see `swa`; until then x is z.
 
     Returns:
@@ -94,7 +110,8 @@ def schedule_free_plus(
       >>> print(f"{tx.update(w, tx.init(w), w, value=0.5 * w**2)[0]:.3f}")
       -0.798
 
-    References: Defazio. ScheduleFree+. arXiv:2605.19095
+    References:
+      Defazio. ScheduleFree+. arXiv:2605.19095
 
     Cost: 0 extra gradients; 4 copies, Adam's two among them.
     """
@@ -104,54 +121,37 @@ def schedule_free_plus(
         direction = optax.scale_by_adam(b1=0.9, b2=0.95)
     direction = checks.as_transformation("direction", direction)
 
-    def init_fn(params: optax.Params) -> ScheduleFreePlusState:
-        x, z = (means.copy(params, accumulator_dtype) for _ in range(2))
-        norm_mean = jnp.zeros([], tree_math.scalar_dtype(params))
-        rate, total = (jnp.zeros([], jnp.result_type(float)) for _ in range(2))
-        largest = jnp.full([], SMALLEST_RATE, rate.dtype)
-        step, inner_state = jnp.zeros([], jnp.int32), direction.init(params)
-        return ScheduleFreePlusState(step, x, z, inner_state, norm_mean, rate, largest, total)
-
     def update_fn(
-        updates: optax.Updates,
-        state: ScheduleFreePlusState,
-        params: optax.Params | None = None,
-        *,
-        value: jax.typing.ArrayLike | None = None,
-        **extra_args: Any,
+        updates: Any, state: ScheduleFreePlusState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, ScheduleFreePlusState]:
         checks.require_params("schedule_free_plus", params)
-        checks.require_value("schedule_free_plus", value)
-        extra_args["value"] = value
-        step, share = optax.safe_increment(state.step), value_at(beta, state.step)
-        norm = norm_decay * state.norm_mean + (1 - norm_decay) * norm_1(updates)
-        polyak = polyak_step(
-            value, updates, state.x, state.z, beta=share, norm=norm / (1 - norm_decay**step)
-        )
-        rate = jnp.asarray(nonnegative_at(learning_rate, state.step) * polyak, state.rate.dtype)
-        moves, inner_state = direction.update(updates, state.inner_state, params, **extra_args)
-        decay = rate * value_at(weight_decay, state.step)
-        z = tree_math.add_scaled(state.z, -rate, tree_math.add_scaled(moves, decay, params))
-        largest, total, weight = _weigh(state, rate, step, r=r, p=p, start=start or 1)
-        x = means.towards(state.x, z, weight)
-        updates = means.moves(between(x, z, share), params, updates)
-        norm = norm.astype(state.norm_mean.dtype)
-        new = ScheduleFreePlusState(step, x, z, inner_state, norm, rate, largest, total)
-        return updates, new
+        value = checks.require_value("schedule_free_plus", extra_args.get("value"))
+        step, b = optax.safe_increment(state.step), value_at(beta, state.step)
+        norm_mean = norm_decay * state.norm_mean + (1 - norm_decay) * norm_1(updates)
+        norm = norm_mean / (1 - norm_decay**step)
+        rate = polyak_step(value, updates, state.x, state.z, beta=b, norm=norm)
+        rate *= nonnegative_at(learning_rate, state.step)
+        d, inner_state = direction.update(updates, state.inner_state, params, **extra_args)
+        z = descend(state.z, params, d, rate, value_at(weight_decay, state.step))
+        largest, total, share = weigh(state, rate, step, r=r, p=p, start=start or 1)
+        x = means.towards(state.x, z, share)
+        moves = means.moves(between(x, z, b), params, updates)
+        new = (step, x, z, inner_state, norm_mean, rate, largest, total)
+        return moves, ScheduleFreePlusState(*optax.tree.cast_like(new, tuple(state)))
 
+    init_fn = functools.partial(_init, direction, accumulator_dtype)
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _weigh(
-    state: ScheduleFreePlusState, rate: jax.Array, t: jax.Array, *, r: float, p: float, start: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The largest step, the total weight, and the share of model t; 1 until `start`."""
-    largest = jnp.maximum(rate, state.max_rate)
-    weight = t.astype(largest.dtype) ** r * largest**p
-    total = state.total_weight + weight
-    begun = t >= start
-    share = jnp.where(begun, tree_math.ratio_or_zero(weight, total), 1)
-    return largest, jnp.where(begun, total, state.total_weight), share
+def _init(
+    direction: optax.GradientTransformation, dtype: Any, params: optax.Params
+) -> ScheduleFreePlusState:
+    x, z = (means.copy(params, dtype) for _ in range(2))
+    norm_mean = jnp.zeros([], tree_math.scalar_dtype(params))
+    rate, total = (jnp.zeros([], jnp.result_type(float)) for _ in range(2))
+    largest, step = jnp.full([], SMALLEST_RATE, rate.dtype), jnp.zeros([], jnp.int32)
+    inner_state = direction.init(params)
+    return ScheduleFreePlusState(step, x, z, inner_state, norm_mean, rate, largest, total)
 
 
 def _check(learning_rate: Any, beta: Any, weight_decay: Any, **others: float) -> None:

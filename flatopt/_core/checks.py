@@ -109,14 +109,15 @@ def require_arrays(name: str, tree: Any) -> None:
             )
 
 
-def require_value(name: str, value: Any) -> None:
-    """Raises unless the caller handed over the loss."""
+def require_value(name: str, value: Any) -> Any:
+    """Returns the loss; raises unless the caller handed it over."""
     if value is None:
         raise ValueError(
             f"flatopt.{name} needs the loss at the parameters. Write\n"
             "    loss, grads = jax.value_and_grad(loss_fn)(params, batch)\n"
             "    updates, opt_state = tx.update(grads, opt_state, params, value=loss)"
         )
+    return value
 
 
 def require_grad_fn(

@@ -42,8 +42,8 @@ def gradient_at(
       perturbation: transformation from a gradient to a displacement, such as `scale_to_norm(rho)`;
         it is given the parameters before the ascent, and `step=`, the number of the update.
       num_steps: ascent steps n, >= 1, each with a displacement of its own; None is 1. Static.
-      combiner: transformation of :math:`g_n`, given also `clean_updates=`, the clean one, `grad_fn=`
-        and `point=`, where :math:`g_n` was taken. Static.
+      combiner: transformation of :math:`g_n`, given also the clean one as `clean_updates=`,
+        `grad_fn=`, and `point=`, where :math:`g_n` was taken. Static.
       start: number of updates made when it first acts, >= 0; None is 0. Static.
       every: period from there on, >= 1; None is 1. Other updates pass their gradient on. Static.
 

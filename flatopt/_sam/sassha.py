@@ -1,6 +1,5 @@
 """SASSHA (Shin et al., arXiv:2502.18153): second-order steps whose curvature is that of SAM."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._core import checks, means, rng, tree_math
-from flatopt._core.grad_fn import GradientFunction
 from flatopt._core.timing import Every, nonnegative_at
 from flatopt._sam.ascent import scale_to_norm
 from flatopt._sam.gradient_at import gradient_at
@@ -36,7 +34,7 @@ def absolute_diagonal(grad: Callable[[Any], Any], point: optax.Params, z: Any) -
 
     NaN where it is infinite: a step divided by it would be a quiet zero.
     """
-    _, product = jax.jvp(grad, (point,), (z,))
+    _, product = jax.jvp(grad, (point,), (optax.tree.cast_like(z, point),))
 
     def leaf(z: jax.Array, hz: jax.Array) -> jax.Array:
         size = jnp.abs(z * hz)
@@ -92,8 +90,7 @@ def scale_by_hutchinson(
 
     Cost: 1 Hessian-vector product in `every` updates; 2 copies.
     """
-    _check(b1=b1, b2=b2, eps=eps)
-    checks.check_number("power", power, low=0.0)
+    _check(power, eps, b1=b1, b2=b2)
     when = Every.before_update(None, 10 if every is None else every)
     noise = checks.as_transformation("noise", _signs(key) if noise is None else noise)
 
@@ -102,37 +99,25 @@ def scale_by_hutchinson(
         return HutchinsonState(jnp.zeros([], jnp.int32), mu, nu, noise.init(params))
 
     def update_fn(
-        updates: optax.Updates,
-        state: HutchinsonState,
-        params: optax.Params | None = None,
-        *,
-        grad_fn: GradientFunction | None = None,
-        point: optax.Params | None = None,
-        **extra_args: Any,
+        updates: Any, state: HutchinsonState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, HutchinsonState]:
-        del extra_args
-        gradient = checks.require_grad_fn("scale_by_hutchinson", grad_fn, params)
-        at = params if point is None else point
+        grad_fn = checks.require_grad_fn("scale_by_hutchinson", extra_args.get("grad_fn"), params)
+        point = extra_args.get("point", params)
 
         def renew(carry: Any) -> Any:
-            nu, noise_state = carry
-            z, noise_state = noise.update(updates, noise_state, params)
-            z = optax.tree.cast_like(z, at)
-            diagonal = absolute_diagonal(functools.partial(gradient, i=0), at, z)
-            return means.towards(nu, diagonal, 1 - b2), noise_state
+            z, noise_state = noise.update(updates, carry[1], params)
+            diagonal = absolute_diagonal(lambda point: grad_fn(point, 0), point, z)
+            return means.towards(carry[0], diagonal, 1 - b2), noise_state
 
         t = optax.safe_increment(state.t)
         mu = means.towards(state.mu, updates, 1 - b1)
         nu, noise_state = when.run(state.t, renew, (state.nu, state.noise_state))
-        # By the update that made the latest estimate, not by the number of estimates.
-        latest = 1 + state.t - state.t % when.every
-        step = stable_step(
-            debias(mu, b1, t), debias(nu, b2, latest), nonnegative_at(power, state.t), eps
-        )
-        new = HutchinsonState(t, mu, nu, noise_state)
+        h = debias(nu, b2, 1 + state.t - state.t % when.every)  # By the time of the latest one.
+        step = stable_step(debias(mu, b1, t), h, nonnegative_at(power, state.t), eps)
         # The stage may stand outside `apply_if_finite`: it must not keep what that will reject.
-        new = optax.tree.where(jnp.isfinite(tree_math.norm(step)), new, state)
-        return optax.tree.cast_like(step, updates), new
+        new = HutchinsonState(t, mu, nu, noise_state)
+        kept = optax.tree.where(jnp.isfinite(tree_math.norm(step)), new, state)
+        return optax.tree.cast_like(step, updates), kept
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -161,8 +146,7 @@ def sassha(
       perturbation: the ascent step; None is `scale_to_norm(rho)`.
 
     Returns:
-      A stage, to be followed by `optax.add_decayed_weights` and `optax.scale_by_learning_rate`;
-      needs `params` and `grad_fn`.
+      A stage, to be followed by decay and a learning rate; needs `params` and `grad_fn`.
 
     Examples:
       >>> import jax.numpy as jnp, flatopt
@@ -206,9 +190,10 @@ def _signs(key: rng.KeyLike) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda _: stream.init(), update_fn)
 
 
-def _check(*, b1: float, b2: float, eps: float) -> None:
-    for name, decay in (("b1", b1), ("b2", b2)):
+def _check(power: Any, eps: float, **decays: float) -> None:
+    checks.check_number("power", power, low=0.0)
+    checks.check_number("eps", eps, low=0.0, low_allowed=False, schedule_allowed=False)
+    for name, decay in decays.items():
         checks.check_number(
             name, decay, low=0.0, high=1.0, high_allowed=False, schedule_allowed=False
         )
-    checks.check_number("eps", eps, low=0.0, low_allowed=False, schedule_allowed=False)

@@ -59,8 +59,8 @@ def test_with_strength_the_weights_stay_closer_to_their_mean():
 
 def test_no_entry_is_pulled_beyond_the_mean():
     mean, params, nu = jnp.array([1.0, 1.0]), jnp.zeros(2), jnp.array([0.0, 4.0])
-    np.testing.assert_allclose(pull(mean, params, nu, 0.5, eps=1e-8, clip=True), [1.0, 0.25])
-    assert pull(mean, params, nu, 0.5, eps=1e-8, clip=False)[0] > 1e6
+    np.testing.assert_allclose(pull(mean, params, nu, 0.5, 1e-8, clip=True), [1.0, 0.25])
+    assert pull(mean, params, nu, 0.5, 1e-8, clip=False)[0] > 1e6
 
 
 def test_the_share_of_the_newest_weights():
@@ -72,8 +72,17 @@ def test_the_share_of_the_newest_weights():
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{"kappa": -0.1}, {"gamma": -1.0}, {"offset": -1.0}, {"decay": 1.0}, {"b1": 1.0}, {"eps": -1}]
-    + [{"every": 0}, {"weight_decay": -0.1}, {"strength": float("nan")}],
+    [
+        {"kappa": -0.1},
+        {"gamma": -1.0},
+        {"offset": -1.0},
+        {"decay": 1.0},
+        {"b1": 1.0},
+        {"eps": -1},
+        {"every": 0},
+        {"weight_decay": -0.1},
+        {"strength": float("nan")},
+    ],
 )
 def test_arguments_out_of_range_raise(kwargs):
     (name,) = kwargs

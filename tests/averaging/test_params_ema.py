@@ -80,7 +80,7 @@ def test_initial_weights_are_those_at_the_beginning_of_the_first_period(start, e
 
 
 def test_the_rising_decay_of_another_library():
-    """timm's `ModelEmaV3(use_warmup=True)`, which is given the number of the update, from 1."""
+    """As timm's `ModelEmaV3(use_warmup=True)`, which is given the number of the update, from 1."""
     kwargs = {"gamma": 2.0, "power": 0.75, "min_decay": 0.3}
     stage = flatopt.params_ema(flatopt.ema_decay_schedule(0.6, **kwargs), debias=False)
     mean = 0.0

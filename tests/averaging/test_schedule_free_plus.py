@@ -109,7 +109,7 @@ def test_with_beta_zero_the_gradient_is_that_of_the_iterate():
 
 
 def test_polyak_s_step_reaches_the_minimum_of_a_cone_at_once():
-    """Of L = c |w|_1 without noise, all entries equal: the step is w, but for the root of pi / 2."""
+    """Of L = c |w|_1, all entries equal: the step is w, but for the root of pi / 2."""
     w = jnp.full(5, 3.0)
     grads = jnp.full(5, 0.7)
     step = polyak_step(0.7 * jnp.abs(w).sum(), grads, w, w, beta=0.9, norm=jnp.abs(grads).sum())
@@ -163,8 +163,15 @@ def test_half_precision_parameters_have_an_average_in_float32():
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{"r": -1.0}, {"p": -1.0}, {"norm_decay": 1.0}, {"weight_decay": -1.0}, {"start": -1}]
-    + [{"learning_rate": -0.1}, {"beta": 1.1}],
+    [
+        {"r": -1.0},
+        {"p": -1.0},
+        {"norm_decay": 1.0},
+        {"weight_decay": -1.0},
+        {"start": -1},
+        {"learning_rate": -0.1},
+        {"beta": 1.1},
+    ],
 )
 def test_arguments_out_of_range_raise(kwargs):
     (name,) = kwargs
@@ -175,5 +182,3 @@ def test_arguments_out_of_range_raise(kwargs):
 def test_the_direction_is_a_transformation():
     with pytest.raises(TypeError, match=r"direction=0\.1 must be an optax transformation"):
         flatopt.schedule_free_plus(0.1)
-
-

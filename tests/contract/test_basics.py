@@ -177,9 +177,7 @@ def test_apply_if_finite_skips_a_bad_step_whole(case: Case, bad: float):
     tx, params = optax.apply_if_finite(case.build(), 3), cases.init_params()
     params, opt_state = cases.run(tx, params, steps=2)
     grads = jax.tree.map(lambda p: p.at[(0,) * p.ndim].set(bad), params)
-    updates, new_state = tx.update(
-        grads, opt_state, params, value=1.0, grad_fn=lambda p, i: grads
-    )
+    updates, new_state = tx.update(grads, opt_state, params, value=1.0, grad_fn=lambda p, i: grads)
     cases.assert_equal(optax.apply_updates(params, updates), params)
     cases.assert_equal(new_state.inner_state, opt_state.inner_state)
     assert new_state.total_notfinite == 1

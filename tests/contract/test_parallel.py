@@ -85,9 +85,7 @@ def test_shard_map_with_pmean_equals_the_whole_batch(case: Case):
             return jax.lax.pmean(jax.grad(cases.loss_fn)(params, batch), "data")
 
         value = jax.lax.pmean(cases.loss_fn(params, batch), "data")
-        updates, opt_state = tx.update(
-            grad(params), opt_state, params, value=value, grad_fn=grad
-        )
+        updates, opt_state = tx.update(grad(params), opt_state, params, value=value, grad_fn=grad)
         return optax.apply_updates(params, updates), opt_state
 
     mapped = jax.jit(

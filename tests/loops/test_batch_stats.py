@@ -149,7 +149,9 @@ def test_nnx_statistics_are_the_exact_mean(sample_weighted, weights):
 
 
 SIZES = (16, 16, 8)  # Batches whose last one is short.
-IMAGES = [np.random.default_rng(7 + i).normal(size=(n, 3, 2, 4)).astype("f") for i, n in enumerate(SIZES)]
+IMAGES = [
+    np.random.default_rng(7 + i).normal(size=(n, 3, 2, 4)).astype("f") for i, n in enumerate(SIZES)
+]
 
 
 def _torch_update_bn(batches):

@@ -17,7 +17,6 @@ from tests.replay import (
     Golden,
     Params,
     assert_agrees,
-    assert_sam_agrees,
     logits,
     mlp_loss,
     problem,
@@ -188,7 +187,7 @@ def test_it_looks_at_the_ascended_point():
 def test_inside_a_displaced_optimiser_it_looks_where_the_gradient_was_taken(hold: bool):
     points = []
 
-    def grad_fn(w: jax.Array, i: Any) -> jax.Array:
+    def grad_fn(w: jax.Array, _: Any) -> jax.Array:
         points.append(w)
         return w**3
 
