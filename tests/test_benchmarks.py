@@ -32,7 +32,8 @@ from tests import cases
 
 # Pieces of methods, what needs a named axis, and what only records.
 NOT_MEASURED = {
-    "gradient_at", "reuse_direction", "scale_by_hutchinson", "couple_replicas", "gossip", "hold_replicas",
+    "gradient_at", "reuse_direction", "scale_by_hutchinson",
+    "couple_replicas", "gossip", "hold_replicas",
     "record_gradient_norm", "record_sharpness", "record_distance", "record_cosine",
 }  # fmt: skip
 

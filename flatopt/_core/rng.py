@@ -110,7 +110,9 @@ def uniform_like(key: jax.Array, tree: Any) -> Any:
 
 def signs_like(key: jax.Array, tree: Any) -> Any:
     """Independent draws of -1 or 1 in float32, one an entry."""
-    return jax.tree.map(lambda u: jnp.where(u < 0.5, -1.0, 1.0), uniform_like(key, tree))
+    return jax.tree.map(
+        lambda u: jnp.where(u < 0.5, -1.0, 1.0).astype(u.dtype), uniform_like(key, tree)
+    )
 
 
 def _draw_like(key: jax.Array, tree: Any, sampler: Callable[..., jax.Array]) -> Any:
