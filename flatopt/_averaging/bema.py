@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, means, stage
+from flatopt._core import checks, means, registry, stage
 from flatopt._core.timing import Every, value_at
 
 
@@ -49,6 +49,7 @@ def correct(ema: optax.Params, params: optax.Params, initial: optax.Params, alph
     return jax.tree.map(leaf, ema, params, initial)
 
 
+@registry.method("average")
 def bema(
     kappa: optax.ScalarOrSchedule = 0.5,
     eta: optax.ScalarOrSchedule = 0.2,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, means, stage, tree_math
+from flatopt._core import checks, means, registry, stage, tree_math
 from flatopt._core.timing import Every, value_at
 
 SMALLEST_SHARE = 1e-4  # Of the newest weights in the mean; the authors' program has it too.
@@ -47,6 +47,7 @@ def pull(mean: Any, params: Any, nu: Any, strength: Any, eps: Any, *, clip: bool
     return jax.tree.map(leaf, mean, params, nu)
 
 
+@registry.method("optimizer")
 def pace(
     learning_rate: optax.ScalarOrSchedule,
     strength: optax.ScalarOrSchedule = 0.15,

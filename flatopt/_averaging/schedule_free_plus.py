@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, means, tree_math
+from flatopt._core import checks, means, registry, tree_math
 from flatopt._core.timing import nonnegative_at, value_at
 
 SMALLEST_RATE = 1e-8  # Of the largest step so far, so that the first models have a weight.
@@ -77,6 +77,7 @@ def between(x: Any, z: Any, beta: Any) -> Any:
     return means.towards(z, x, beta)
 
 
+@registry.method("optimizer", needs=("value",))
 def schedule_free_plus(
     direction: optax.GradientTransformation | None = None,
     *,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, means, rng, tree_math
+from flatopt._core import checks, means, registry, rng, tree_math
 from flatopt._core.timing import Every, nonnegative_at
 from flatopt._sam.ascent import scale_to_norm
 from flatopt._sam.gradient_at import gradient_at
@@ -53,6 +53,7 @@ def stable_step(mu: Any, nu: Any, power: Any, eps: Any) -> optax.Updates:
     return jax.tree.map(lambda m, h: m / (h.real**power + eps), mu, nu)
 
 
+@registry.method("stage", needs=("grad_fn",))
 def scale_by_hutchinson(
     *,
     b1: float = 0.9,
@@ -88,7 +89,7 @@ def scale_by_hutchinson(
       >>> print(tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)[0])  # Newton's step.
       [3. 1.]
 
-    Cost: 1 Hessian-vector product in `every` updates; 2 copies.
+    Cost: 0 extra gradients, 1 Hessian-vector product in `every` updates; 2 copies.
     """
     _check(power, eps, b1=b1, b2=b2)
     when = Every.before_update(None, 10 if every is None else every)
@@ -122,6 +123,7 @@ def scale_by_hutchinson(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@registry.method("stage", needs=("grad_fn",))
 def sassha(
     rho: optax.ScalarOrSchedule,
     *,
