@@ -1,7 +1,7 @@
 """flatopt: flat minima for JAX, as composable optax transformations.
 
-SAM and its family      sam, asam, gsam, looksam, msam, ...: gradients at a displaced point
-Averages                swa, params_ema, lawa, swag, lookahead, ...: which weights are kept
+SAM and its family      sam, asam, gsam, msam, sassha, ...: gradients at a displaced point
+Averages                swa, params_ema, bema, swag, lookahead, ...: which weights are kept
 Local entropy           local_entropy, entropy_sgd, langevin: a Langevin loop around the weights
 Replicas                replicated_sgd, parle, gossip, ...: several copies that attract each other
 Sparse training         sparse_training: few weights, and which ones is learnt (RigL, SET)
@@ -19,6 +19,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from flatopt._averaging.batch_stats import average_batch_stats
+from flatopt._averaging.bema import BemaState, bema
 from flatopt._averaging.fast_geometric_ensemble import (
     cyclic_triangle_schedule,
     ensemble_predict,
@@ -28,10 +29,12 @@ from flatopt._averaging.gadam import gadam, gadamx
 from flatopt._averaging.lawa import LawaState, lawa
 from flatopt._averaging.lookahead import LookaheadState, lookahead
 from flatopt._averaging.merging import greedy_soup, merge_params, merge_weights
-from flatopt._averaging.params_ema import params_ema
+from flatopt._averaging.pace import PaceState, pace
+from flatopt._averaging.params_ema import ema_decay_schedule, params_ema
 from flatopt._averaging.periodic_swa import PeriodicSwaState, periodic_swa
 from flatopt._averaging.power_ema import power_ema
 from flatopt._averaging.running_mean import AverageState
+from flatopt._averaging.schedule_free_plus import ScheduleFreePlusState, schedule_free_plus
 from flatopt._averaging.snapshots import snapshot_params, snapshots
 from flatopt._averaging.swa import constant_phase_start, swa, swa_schedule
 from flatopt._averaging.swag import SwagCovariance, SwagState, sample_params, swag, swag_covariance
@@ -80,6 +83,7 @@ from flatopt._sam.rwp import rwp
 from flatopt._sam.sam import sam
 from flatopt._sam.sam_on import normalisation_mask, sam_on
 from flatopt._sam.sampa import sampa
+from flatopt._sam.sassha import sassha, scale_by_hutchinson
 from flatopt._sam.sparse_sam import mask_at_random, mask_by_fisher, sparse_sam
 from flatopt._sam.spectral_norm import scale_to_spectral_norm
 from flatopt._sam.unified_sam import scale_by_partial_norm, unified_sam
@@ -157,6 +161,8 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     "sam_on",
     "sam_value_and_grad",
     "sampa",
+    "sassha",
+    "scale_by_hutchinson",
     "scale_by_partial_norm",
     "scale_to_fisher_norm",
     "scale_to_layer_norms",
@@ -175,8 +181,11 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     # averages
     "average_batch_stats",
     "AverageState",
+    "bema",
+    "BemaState",
     "constant_phase_start",
     "cyclic_triangle_schedule",
+    "ema_decay_schedule",
     "ensemble_predict",
     "fast_geometric_ensemble",
     "gadam",
@@ -188,11 +197,15 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     "LookaheadState",
     "merge_params",
     "merge_weights",
+    "pace",
+    "PaceState",
     "params_ema",
     "periodic_swa",
     "PeriodicSwaState",
     "power_ema",
     "sample_params",
+    "schedule_free_plus",
+    "ScheduleFreePlusState",
     "snapshot_params",
     "snapshots",
     "swa",

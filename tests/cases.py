@@ -73,6 +73,7 @@ class Case:
       hyperparameter: an argument that may be a schedule or a traced array, or None.
       off: a value of `hyperparameter` at which the method is its base optimiser, or None.
       extra_evaluations: calls of `grad_fn` in ten steps.
+      needs_value: whether `update` needs `value=`, the loss.
       copies: parameter-sized copies in the state, over that of the base optimiser; by bytes, and
         for a kernel of 100 x 100.
       variant: tells several cases of one factory apart.
@@ -86,6 +87,7 @@ class Case:
     off: float | None = None
     extra_evaluations: int = 0
     copies: float = 0
+    needs_value: bool = False
     variant: str = ""
     bench: Bench | None = None
 
@@ -190,6 +192,9 @@ CASES = [
     Case("fisher_sam", "stage", {"rho": 0.05, "eta": 2.0}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients")),
     Case("xsam", "stage", {"rho": 0.05, "rho_max": 0.1, "alpha_every": 4}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients and more work", kwargs={"alpha_every": 100})),
     Case("xsam", "stage", {"rho": 0.05, "alpha": 1.5, "num_steps": 3, "start": 4, "every": 3}, "rho", 0.0, extra_evaluations=6, variant="alpha"),
+    Case("sassha", "stage", {"rho": 0.05, "b1": 0.5, "eps": 0.5, "every": 5}, "rho", extra_evaluations=12, copies=2, bench=Bench("two gradients and more work", "sassha every=10", {"every": 10})),
+    Case("sassha", "stage", {"rho": 0.5, "b1": 0.2, "power": 1.0, "eps": 0.5, "every": 1, "perturbation": flatopt.scale_to_adaptive_norm(0.5)}, extra_evaluations=20, copies=2, variant="power"),
+    Case("scale_by_hutchinson", "stage", {"power": 0.5, "b1": 0.5, "eps": 0.5, "every": 5}, "power", extra_evaluations=2, copies=2),
     # local entropy
     Case("langevin", "wrapper", {"learning_rate": 0.05, "temperature": 1e-4}, "temperature", copies=-1, bench=Bench("inner loops and replicas")),
     Case("local_entropy", "stage", {"num_steps": 4, "gamma": 0.5, "noise": 0.01}, "gamma", extra_evaluations=30, bench=Bench("inner loops and replicas", "local_entropy L=5", {"num_steps": 5})),
@@ -224,6 +229,8 @@ CASES = [
     Case("swa", "average", {"start": 3, "every": 2}, copies=1, variant="start_every"),
     Case("params_ema", "average", {"decay": 0.9}, "decay", copies=1, bench=Bench("averages")),
     Case("params_ema", "average", {"decay": 0.99, "debias": False, "warmup_steps": 10}, "decay", copies=1, variant="warmup"),
+    Case("bema", "average", {"kappa": 0.5}, "kappa", copies=3, bench=Bench("averages")),
+    Case("bema", "average", {"eta": 0.3, "lag": 2.0, "start": 5, "every": 2}, "eta", copies=3, variant="start_every"),
     Case("power_ema", "average", {"exponent": 2.0}, "exponent", copies=1, bench=Bench("averages")),
     Case("lawa", "average", {"window": 3}, copies=3, bench=Bench("averages", "lawa window=3 every=5", {"every": 5})),
     Case("lawa", "average", {"window": 2, "every": 2, "start": 4}, copies=2, variant="start_every"),
@@ -237,6 +244,10 @@ CASES = [
     Case("lookahead", "wrapper", {"optimizer": sgd(), "every": 2, "pull_back": True, "start": 3}, copies=2, variant="pull_back"),
     Case("periodic_swa", "wrapper", {"optimizer": sgd(), "period": 4}, copies=1, bench=Bench("averages", "periodic_swa period=5", {"period": 5})),
     Case("periodic_swa", "wrapper", {"optimizer": optax.adamw(0.05), "period": 4, "start": 3, "every": 2, "stop": 6}, copies=1, variant="stop"),
+    Case("pace", "wrapper", {"learning_rate": 0.05, "strength": 0.15, "b2": 0.9}, "strength", copies=2, bench=Bench("adamw")),  # Adam's two and the mean, less SGD's one.
+    Case("pace", "wrapper", {"learning_rate": 0.05, "strength": 0.5, "decay": 0.9, "every": 2}, "strength", copies=2, variant="decay"),
+    Case("schedule_free_plus", "wrapper", {"beta": 0.5}, "beta", copies=3, needs_value=True, bench=Bench("adamw")),
+    Case("schedule_free_plus", "wrapper", {"direction": optax.scale_by_adam(), "learning_rate": 0.7, "r": 2.0, "norm_decay": 0.7, "weight_decay": 0.1, "start": 3}, "learning_rate", copies=3, needs_value=True, variant="start"),
     # sparse training
     Case("sparse_training", "wrapper", {"optimizer": sgd(), "sparsity": 0.5, "every": 2, "fraction": 0.5}, "fraction", copies=0.25),
     Case("sparse_training", "wrapper", {"optimizer": optax.adamw(0.05, eps=1e-4), "sparsity": 0.5, "grow": "random", "order": "after", "every": 2, "fraction": 0.5}, "fraction", copies=0.25, variant="set"),
@@ -317,9 +328,9 @@ def train_step(
     """The training step that README shows, as a function of `(params, opt_state, batch)`."""
 
     def step(params: Any, opt_state: Any, batch: Any) -> tuple[Any, Any]:
-        grads = jax.grad(loss)(params, batch)
-        grad_fn = flatopt.make_grad_fn(loss, batch)
-        updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn, **extra_args)
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        extra = {"value": value, "grad_fn": flatopt.make_grad_fn(loss, batch), **extra_args}
+        updates, opt_state = tx.update(grads, opt_state, params, **extra)
         return optax.apply_updates(params, updates), opt_state
 
     return step

@@ -269,7 +269,7 @@ def replay(
 
     Returns:
       `traj/`, `eval/`, `loss`, `grad0/`, the fields of `buffers`, and, where the file has it,
-      `pert/`: the points of all extra gradients, in order.
+      `pert/`: the points of all extra gradients, in order, without those of Hessian products.
     """
     tx = optax.with_extra_args_support(tx)
     own_loss, batch = problem(golden)
@@ -284,7 +284,7 @@ def replay(
     @compiled
     def step(params: Params, opt_state: Any, t: jax.typing.ArrayLike) -> tuple[Any, ...]:
         def grad_fn(point: Params, i: Any) -> Params:
-            if record:
+            if record and not _is_differentiated(point):
                 # From within a loop too. As halves, for callbacks do not know of float64.
                 halves = jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32), point)
                 jax.debug.callback(record_point, halves, ordered=True)
@@ -295,7 +295,7 @@ def replay(
 
         grad_fn.value = lambda point: value_and_grad(point, *batch(t, 0))[0]
         loss, grads = value_and_grad(params, *batch(t, 0))
-        updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
+        updates, opt_state = tx.update(grads, opt_state, params, value=loss, grad_fn=grad_fn)
         params = optax.apply_updates(params, updates)
         kept = {field: get(opt_state) for field, get in (buffers or {}).items()}
         evaluation = flatopt.eval_params(opt_state, params)
@@ -339,6 +339,12 @@ def assert_agrees(
     for key, value in desired.items():
         assert actual[key].shape == value.shape, f"{key}: {actual[key].shape} != {value.shape}"
         np.testing.assert_allclose(actual[key], value, RTOL, ATOL, err_msg=key)
+
+
+def _is_differentiated(point: Params) -> bool:
+    """Whether a derivative of the gradient is taken there, as for products with the Hessian."""
+    tracers = jax.interpreters.ad.JVPTracer
+    return any(isinstance(x, tracers) for x in jax.tree.leaves(point))
 
 
 def _stack(field: str, trees: list[Params]) -> dict[str, Array]:

@@ -31,10 +31,12 @@ from benchmarks import (
 )
 from tests import cases
 
-# Pieces of methods, what needs a named axis, and what only records.
+# Pieces of methods, what needs a named axis, what only records, what benchmarks.sparse measures.
 NOT_MEASURED = {
-    "gradient_at", "reuse_direction", "couple_replicas", "gossip", "hold_replicas",
+    "gradient_at", "reuse_direction", "scale_by_hutchinson",
+    "couple_replicas", "gossip", "hold_replicas",
     "record_gradient_norm", "record_distance", "record_cosine",
+    "sparse_training",
 }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """BatchNorm statistics for averaged weights (SWA, arXiv:1803.05407), whatever the framework."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +51,20 @@ def average_batch_stats(
         total = total + weight
         mean = means.towards(mean, batch, weight / total)
     return jax.tree.map(lambda m, x: m.astype(x.dtype), mean, stats[0])
+
+
+def unbiased(
+    var: jax.Array, shape: tuple[int, ...], axis: int | Sequence[int], path: Iterable[Any]
+) -> jax.Array:
+    """The variance times n / (n - 1), of a layer that saw n values of each channel on `axis`."""
+    axes = (axis,) if isinstance(axis, int) else axis
+    number = math.prod(shape) // math.prod(shape[a] for a in axes)
+    if number < 2:
+        raise ValueError(
+            f"the BatchNorm layer at {'/'.join(map(str, path)) or 'the top'} sees one value a "
+            "channel, which has no unbiased variance: drop such a batch, or set unbiased=False."
+        )
+    return var * (number / (number - 1))
 
 
 def arguments_of(batches: Iterable[Any]) -> tuple[tuple[Any, ...], Iterator[tuple[Any, ...]]]:

@@ -109,6 +109,17 @@ def require_arrays(name: str, tree: Any) -> None:
             )
 
 
+def require_value(name: str, value: Any) -> Any:
+    """Returns the loss; raises unless the caller handed it over."""
+    if value is None:
+        raise ValueError(
+            f"flatopt.{name} needs the loss at the parameters. Write\n"
+            "    loss, grads = jax.value_and_grad(loss_fn)(params, batch)\n"
+            "    updates, opt_state = tx.update(grads, opt_state, params, value=loss)"
+        )
+    return value
+
+
 def require_grad_fn(
     name: str, grad_fn: Callable[..., Any] | None, params: Any
 ) -> Callable[[Any, Any], Any]:
@@ -135,7 +146,7 @@ def require_grad_fn(
     return checked
 
 
-def require_value(name: str, grad_fn: Any) -> Callable[[Any], jax.Array]:
+def require_value_fn(name: str, grad_fn: Any) -> Callable[[Any], jax.Array]:
     """Returns `grad_fn.value`, the loss; raises unless there is one."""
     value = getattr(grad_fn, "value", None)
     if not callable(value):

@@ -108,6 +108,13 @@ def uniform_like(key: jax.Array, tree: Any) -> Any:
     return _draw_like(key, tree, functools.partial(jax.random.uniform, dtype=jnp.float32))
 
 
+def signs_like(key: jax.Array, tree: Any) -> Any:
+    """Independent draws of -1 or 1 in float32, one an entry."""
+    return jax.tree.map(
+        lambda u: jnp.where(u < 0.5, -1.0, 1.0).astype(u.dtype), uniform_like(key, tree)
+    )
+
+
 def _draw_like(key: jax.Array, tree: Any, sampler: Callable[..., jax.Array]) -> Any:
     """Independent draws, one an entry of `tree`, each lying where its leaf lies."""
     leaves, structure = jax.tree.flatten(tree)

@@ -43,6 +43,8 @@ sam_on                   SAM-ON (Müller et al., arXiv:2306.04226): the ascent m
                          normalisation layers only
 sampa                    SAMPa (Xie et al., arXiv:2410.10683): the two gradients of a step do
                          not wait for one another
+sassha                   SASSHA (Shin et al., arXiv:2502.18153): second-order steps whose curvature
+                         is that of SAM
 sparse_sam               Sparse SAM (Mi et al., arXiv:2210.05177): the ascent moves the weights
                          in a mask
 spectral_norm            the ascent step that is steepest in the spectral norm of each matrix:

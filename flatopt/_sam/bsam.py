@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._core import checks, registry, rng, tree_math
-from flatopt._core.grad_fn import GradientFunction
 from flatopt._core.timing import nonnegative_at
 
 
@@ -103,14 +102,8 @@ def bsam(
         return BsamState(step, stream.init(), zeros, jax.tree.map(precision, params))
 
     def update_fn(
-        updates: optax.Updates,
-        state: BsamState,
-        params: optax.Params | None = None,
-        *,
-        grad_fn: GradientFunction | None = None,
-        **extra_args: Any,
+        updates: Any, state: BsamState, params: Any = None, *, grad_fn: Any = None, **_: Any
     ) -> tuple[optax.Updates, BsamState]:
-        del extra_args
         gradient = checks.require_grad_fn("bsam", grad_fn, params)
         left, use = stream.split(state.key)
         s, z = state.precision, rng.normal_like(use, params)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._core import checks, registry, stage, tree_math
-from flatopt._core.grad_fn import GradientFunction
 from flatopt._core.timing import Every
 
 
@@ -43,6 +42,12 @@ def rise_by_trapezium(displacement: Any, clean: Any, perturbed: Any) -> jax.Arra
     r""":math:`\tfrac12 \, \epsilon \cdot (g + g')`, the rise of a loss; exact on a quadratic."""
     rise = tree_math.vdot(displacement, clean) + tree_math.vdot(displacement, perturbed)
     return rise / 2
+
+
+def sharpness(displacement: Any, clean: Any, perturbed: Any) -> SharpnessState:
+    """What the gradients at both ends of an ascent tell of it."""
+    rise = rise_by_trapezium(displacement, clean, perturbed)
+    return SharpnessState(rise, tree_math.cosine(clean, perturbed))
 
 
 @registry.method("stage", needs=("grad_fn",))
@@ -92,19 +97,14 @@ def gradient_at(
         return GradientAtState(step, perturbation.init(params), combiner.init(params), kept)
 
     def update_fn(
-        updates: optax.Updates,
-        state: GradientAtState,
-        params: optax.Params | None = None,
-        *,
-        grad_fn: GradientFunction | None = None,
-        **extra_args: Any,
+        updates: Any, state: Any, params: Any = None, *, grad_fn: Any = None, **extra: Any
     ) -> tuple[optax.Updates, GradientAtState]:
         gradient = checks.require_grad_fn("gradient_at", grad_fn, params)
-        extra_args["step"] = state.step
+        extra["step"] = state.step
 
         def climb(i: Any, carry: Any) -> Any:
             point, grads, ascent, way = carry
-            displacement, ascent = perturbation.update(grads, ascent, params, **extra_args)
+            displacement, ascent = perturbation.update(grads, ascent, params, **extra)
             point = optax.apply_updates(point, displacement)
             way = tree_math.move(way, 1, displacement) if record else way
             return point, optax.tree.cast_like(gradient(point, i), updates), ascent, way
@@ -115,10 +115,9 @@ def gradient_at(
             carry = (params, clean, ascent, way)
             point, grads, ascent, way = stage.repeat(num_steps, climb, carry)
             if record:
-                rise, cosine = rise_by_trapezium(way, clean, grads), tree_math.cosine(clean, grads)
-                kept = SharpnessState(rise.astype(kept[0].dtype), cosine.astype(kept[1].dtype))
+                kept = optax.tree.cast_like(sharpness(way, clean, grads), kept)
             seen = {"clean_updates": clean, "perturbed_params": point, "grad_fn": grad_fn}
-            grads, mixing = combiner.update(grads, mixing, params, **seen, **extra_args)
+            grads, mixing = combiner.update(grads, mixing, params, **(extra | seen))
             return grads, ascent, mixing, kept
 
         carry = (updates, state.perturbation_state, state.combiner_state, state.recorded)

@@ -75,6 +75,7 @@ def hold_perturbed(
     ) -> tuple[optax.Updates, HoldPerturbedState]:
         checks.require_params("hold_perturbed", params)
         centre = state.eval_params(params)
+        extra_args["perturbed_params"] = params  # Where the gradient was taken.
         moves, inner_state = optimizer.update(updates, state.inner_state, centre, **extra_args)
         centre = optax.apply_updates(centre, moves)
         offset, perturbation_state = perturbation.update(

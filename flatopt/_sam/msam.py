@@ -158,6 +158,7 @@ def _displaced(
         **extra_args: Any,
     ) -> tuple[optax.Updates, MsamState]:
         centre = params if off or params is None else state.eval_params(params)
+        extra_args["perturbed_params"] = params  # Where the gradient was taken.
         moves, inner_state = optimizer.update(updates, state.inner_state, centre, **extra_args)
         step = optax.safe_increment(state.step)
         if off:

@@ -121,7 +121,7 @@ def follow_arc(
             return slerp(v0, v1, theta, alpha)
 
         def estimate(old: jax.Array) -> jax.Array:
-            loss = checks.require_value("follow_arc", grad_fn)
+            loss = checks.require_value_fn("follow_arc", grad_fn)
             radius = nonnegative_at(rho_max, step)
             new, finite = highest(loss, arc, params, radius, jnp.asarray(grid, old.dtype))
             return jnp.where(finite, new, old)
