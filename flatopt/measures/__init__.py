@@ -12,6 +12,8 @@ from flatopt.measures._geodesic import geodesic_barrier as geodesic_barrier
 from flatopt.measures._gradients import fisher_trace as fisher_trace
 from flatopt.measures._gradients import gradient_norm as gradient_norm
 from flatopt.measures._keskar import keskar_sharpness as keskar_sharpness
+from flatopt.measures._kl_inverse import kl_inverse as kl_inverse
+from flatopt.measures._kl_inverse import seeger_bound as seeger_bound
 from flatopt.measures._local_energy import LocalEnergy as LocalEnergy
 from flatopt.measures._local_energy import local_energy as local_energy
 from flatopt.measures._local_entropy import LocalEntropy as LocalEntropy
@@ -20,6 +22,13 @@ from flatopt.measures._operator import gauss_newton_vector_product as gauss_newt
 from flatopt.measures._operator import hessian_vector_product as hessian_vector_product
 from flatopt.measures._pac_bayes import PacBayesSigma as PacBayesSigma
 from flatopt.measures._pac_bayes import pac_bayes_sigma as pac_bayes_sigma
+from flatopt.measures._pac_bayes_bound import PacBayesBound as PacBayesBound
+from flatopt.measures._pac_bayes_bound import PriorGrid as PriorGrid
+from flatopt.measures._pac_bayes_bound import pac_bayes_bound as pac_bayes_bound
+from flatopt.measures._pac_bayes_bound import prior_grid as prior_grid
+from flatopt.measures._pac_bayes_posterior import GaussianPosterior as GaussianPosterior
+from flatopt.measures._pac_bayes_posterior import pac_bayes_objective as pac_bayes_objective
+from flatopt.measures._pac_bayes_posterior import pac_bayes_optimise as pac_bayes_optimise
 from flatopt.measures._quantise import quantisation_gap as quantisation_gap
 from flatopt.measures._quantise import quantise as quantise
 from flatopt.measures._results import Estimate as Estimate
