@@ -183,30 +183,25 @@ def pac_bayes_bound(
     key: jax.typing.ArrayLike = 0,
     mask: Mask = None,
 ) -> PacBayesBound:
-    r"""A bound on the error, on new examples, of a network with Gaussian noise on its weights.
+    r"""A bound on a noisy network's error on new examples, with k for `kl_inverse`.
 
-    .. math:: \mathrm{kl}^{-1} \Big( \mathrm{kl}^{-1} \big( \hat L, \tfrac1n \ln \tfrac{2s}{\delta'}
-       \big), \tfrac1m \big( \mathrm{KL}(Q \| P) + \ln \tfrac{2 \sqrt m}{p_j \delta} \big) \Big)
+    .. math:: k(k(\hat L, \ln(2 s / \delta') / n), \; (KL + \ln(2 \sqrt m / (p_j \delta))) / m)
 
     Args:
       error_fn: mean over a batch of an error in [0, 1]: `error_fn(params, batch)`. Static.
       params, prior: centre of the posterior Q, and of P, which must not know the examples.
-      batches, weights, mask: all examples, equally; see `hessian_vector_product`.
-      num_examples: m, how many examples there are.
+      batches, weights, mask, num_examples: the m examples; see `hessian_vector_product`.
       sigma: standard deviation of the noise, > 0, or s of them, of which the best is taken.
       scale: tree like `params`, or a prefix, of factors of `sigma`: by layer or weight; None: 1.
       grid: of P's variance: `prior_grid()`. None: it is Q's; `scale` must not know the examples.
-      num_samples, key: n draws for every size (static), and their random key or integer seed.
-      delta, sample_delta: in (0, 1]; the bound holds with probability 1 less both.
+      num_samples, key, delta, sample_delta: n draws, their key; shares that may fail, in (0, 1].
 
     Returns:
-      `PacBayesBound`.
+      `PacBayesBound`, which holds with probability 1 less both shares.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> error_fn, w = lambda w: (w < 0).mean(), jnp.ones(2)
-      >>> print(measures.pac_bayes_bound(error_fn, w, w, num_examples=1000, sigma=0.1).bound)
+      >>> print(measures.pac_bayes_bound(lambda w: w < 0, 1.0, 1.0, num_examples=999, sigma=0.1)[0])
       0.042
 
     References:
