@@ -48,7 +48,7 @@ def _inverse(q: jax.Array, c: jax.Array) -> jax.Array:
         within = _divergence(q, middle) <= c
         return jnp.where(within, middle, low), jnp.where(within, high, middle)
 
-    low, high = jax.lax.fori_loop(0, _HALVINGS, halve, (jnp.zeros_like(q), rest))
+    _, high = jax.lax.fori_loop(0, _HALVINGS, halve, (jnp.zeros_like(q), rest))
     # The upper end, so that rounding errs on the side of a bound; nothing above 1 is a mean.
     known = (q >= 0) & (rest >= 0) & (c >= 0)
     return jnp.where(known, jnp.where(c > 0, jnp.minimum(q + high, 1), q), jnp.nan)

@@ -102,8 +102,9 @@ def moments(difference: Vector, log_sigmas: Vector) -> Moments:
     """The moments of a Gaussian whose mean differs from the centre by `difference`."""
     size = _variables.dimension(difference)
     pairs = list(zip(difference, log_sigmas, strict=True))
-    square = sum(jnp.sum(x**2 + jnp.exp(2 * s)) for x, s in pairs) / size
-    log_variance = sum(2 * jnp.sum(jnp.broadcast_to(s, x.shape)) for x, s in pairs) / size
+    squares = [jnp.sum(x**2 + jnp.exp(2 * s)) for x, s in pairs]
+    log_variances = [2 * jnp.sum(jnp.broadcast_to(s, x.shape)) for x, s in pairs]
+    square, log_variance = (jnp.sum(jnp.stack(x)) / size for x in (squares, log_variances))
     return Moments(jnp.asarray(size, square.dtype), square, jnp.exp(log_variance))
 
 
@@ -148,8 +149,10 @@ class _Bound:
         bounds = kl_inverse(sample_bounds[:, None], excess)
         i, j = jnp.unravel_index(jnp.argmin(bounds), bounds.shape)
         prior_sigma = prior_sigmas[i if grid is None else j]
-        at_size = (x[i] for x in (stochastic, standard_error, sample_bounds))
-        return PacBayesBound(bounds[i, j], kl[i, j], *at_size, error, sigmas[i], prior_sigma)
+        return PacBayesBound(
+            bounds[i, j], kl[i, j], stochastic[i], standard_error[i], sample_bounds[i], error,
+            sigmas[i], prior_sigma,
+        )  # fmt: skip
 
 
 def _kl_of_shift(difference: Vector, sizes: Vector) -> jax.Array:
@@ -191,17 +194,17 @@ def pac_bayes_bound(
       error_fn: mean over a batch of an error in [0, 1]: `error_fn(params, batch)`. Static.
       params, prior: centre of the posterior Q, and of P, which must not know the examples.
       batches, weights, mask, num_examples: the m examples; see `hessian_vector_product`.
-      sigma: standard deviation of the noise, > 0, or s of them, of which the best is taken.
-      scale: tree like `params`, or a prefix, of factors of `sigma`: by layer or weight; None: 1.
+      sigma, scale: standard deviation, > 0, or s of them; a tree (prefix) of its factors, None: 1.
       grid: of P's variance: `prior_grid()`. None: it is Q's; `scale` must not know the examples.
       num_samples, key, delta, sample_delta: n draws, their key; shares that may fail, in (0, 1].
 
     Returns:
-      `PacBayesBound`, which holds with probability 1 less both shares.
+      `PacBayesBound`: it holds with probability 1 less both shares.
 
     Examples:
-      >>> from flatopt import measures
-      >>> print(measures.pac_bayes_bound(lambda w: w < 0, 1.0, 1.0, num_examples=999, sigma=0.1)[0])
+      >>> import flatopt, jax.numpy as jnp
+      >>> bound, w = flatopt.measures.pac_bayes_bound, jnp.ones(2)
+      >>> print(bound(lambda w: (w < 0).mean(), w, w, num_examples=1000, sigma=0.1).bound)
       0.042
 
     References:

@@ -1,4 +1,4 @@
-"""A Gaussian on the weights trained on its own PAC-Bayes bound (Dziugaite, Roy, arXiv:1703.11008)."""
+"""A Gaussian on the weights, trained on its own PAC-Bayes bound (arXiv:1703.11008)."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -47,19 +47,19 @@ def pac_bayes_objective(
     Args:
       loss_fn: `loss_fn(params, *args)`, in place of an error, such as cross-entropy over ln 2.
       prior: mean of the prior, which must not know the examples.
-      num_examples: m, how many examples there are.
+      num_examples, delta: m examples; probability with which the bound may fail, in (0, 1].
       grid: variances of the prior, with their weights; None: `prior_grid()`.
-      delta: probability with which the bound may fail, in (0, 1].
 
     Returns:
       `objective(posterior, key, *args)`, of a `GaussianPosterior` and the random key of one draw.
 
     Examples:
-      >>> import jax
+      >>> import jax, jax.numpy as jnp
       >>> from flatopt import measures
-      >>> objective = measures.pac_bayes_objective(lambda w: w**2, 0.0, num_examples=1000)
-      >>> print(f"{objective(measures.GaussianPosterior(0.0, -2.0), jax.random.key(0)):.2f}")
-      0.09
+      >>> posterior = measures.GaussianPosterior(jnp.zeros(3), jnp.full(3, -2.0))
+      >>> objective = measures.pac_bayes_objective(lambda w: w @ w, jnp.zeros(3), num_examples=1000)
+      >>> print(f"{objective(posterior, jax.random.key(0)):.2f}")
+      0.11
 
     References:
       Dziugaite, Roy. Computing Nonvacuous Generalization Bounds. arXiv:1703.11008
@@ -107,19 +107,18 @@ def pac_bayes_optimise(
       loss_fn, prior, num_examples, grid, delta: see `pac_bayes_objective`. Static.
       params, sigma: mean and standard deviations (a number, or a tree like `params`) to start from.
       optimizer: any optax transformation, for mean and log sigma together.
-      batches, progress: the batches, one a step; whether to show a progress bar (needs tqdm).
-      key: random key or integer seed of the noise.
+      batches, progress, key: one a step; whether to show a bar (needs tqdm); key or integer seed.
 
     Returns:
       `GaussianPosterior`; for its bound pass `scale=posterior.sigma` to `pac_bayes_bound`.
 
     Examples:
-      >>> import optax
-      >>> from flatopt import measures
-      >>> posterior = measures.pac_bayes_optimise(
-      ...     lambda w, batch: 100 * w**2, 0.0, 0.0, optax.sgd(0.1), [None] * 20, num_examples=1000)
-      >>> print(f"{posterior.sigma:.3f}")
-      0.009
+      >>> import flatopt, jax.numpy as jnp, optax
+      >>> w, train = jnp.zeros(2), flatopt.measures.pac_bayes_optimise
+      >>> steep = lambda w, batch: w @ (jnp.array([1, 100]) * w)
+      >>> sigma = train(steep, w, w, optax.adam(0.05), [None] * 200, num_examples=1000).sigma
+      >>> print(bool(sigma[0] > 2 * sigma[1]))
+      True
 
     References:
       Dziugaite, Roy. Computing Nonvacuous Generalization Bounds. arXiv:1703.11008

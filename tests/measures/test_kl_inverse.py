@@ -71,9 +71,9 @@ def test_seegers_bound_by_hand():
     value = measures.seeger_bound(0.05, kl=20.0, m=500, delta=0.1)
     excess = (20 + np.log(2 * np.sqrt(500) / 0.1)) / 500
     np.testing.assert_allclose(_kl(0.05, float(value)), excess, rtol=1e-12)
-    with pytest.raises(ValueError, match="delta=0.0 is out of range"):
+    with pytest.raises(ValueError, match=r"delta=0\.0 is out of range"):
         measures.seeger_bound(0.05, 20.0, 500, 0.0)
-    with pytest.raises(ValueError, match="kl=-1.0 is out of range"):
+    with pytest.raises(ValueError, match=r"kl=-1\.0 is out of range"):
         measures.seeger_bound(0.05, -1.0, 500)
 
 

@@ -51,7 +51,7 @@ def test_the_mean_of_the_objective_is_that_of_the_noisy_loss():
 
 
 def _train(optimizer, steps=300):
-    x, y = problem.flat_data(problem.batches(number=40))
+    x, _ = problem.flat_data(problem.batches(number=40))
     whole = (x, jnp.argmax(x[:, : problem.C], axis=1))
 
     def loss(p, batch):
