@@ -8,7 +8,7 @@ one half of the digits, the bound is from the other half, which the prior has no
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,13 @@ def predict(twin: Twin, network: Network, x: jax.Array, beta: float) -> jax.Arra
 
 
 def sample(
-    twin: Twin, network: Network, x: jax.Array, beta: float, s1: float, s2: float, key: jax.Array
+    twin: Twin,
+    network: Network,
+    x: jax.Array,
+    beta: float,
+    s1: jax.typing.ArrayLike,
+    s2: jax.typing.ArrayLike,
+    key: jax.Array,
 ) -> jax.Array:
     """Outputs of the random network, drawn anew for every example."""
     keys = jax.random.split(key, 3)
@@ -89,7 +95,12 @@ def sample(
 
 
 def complexity(
-    twin: Twin, network: Network, prior: Network, beta: float, s1: float, s2: float
+    twin: Twin,
+    network: Network,
+    prior: Network,
+    beta: float,
+    s1: jax.typing.ArrayLike,
+    s2: jax.typing.ArrayLike,
 ) -> jax.Array:
     """The relative entropies of the two layers, [2]."""
     first = twin.precision(beta, s1) * jnp.sum((network.u - prior.u) ** 2)
@@ -106,7 +117,7 @@ def train(
         logits = predict(twin, network, data[0][rows], beta)
         return optax.softmax_cross_entropy_with_integer_labels(logits, data[1][rows]).mean()
 
-    def step(carry: tuple[Network, optax.OptState], key: jax.Array) -> tuple[object, None]:
+    def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
         network, state = carry
         rows = jax.random.randint(key, (64,), 0, len(data[1]))
         updates, state = tx.update(jax.grad(loss)(network, rows), state)
@@ -149,13 +160,15 @@ def bound(
 
     def at(sigmas: jax.Array) -> Result:
         errors = [
-            jnp.mean(jnp.argmax(sample(twin, network, x, beta, *sigmas, k), axis=1) != y)
+            jnp.mean(
+                jnp.argmax(sample(twin, network, x, beta, sigmas[0], sigmas[1], k), axis=1) != y
+            )
             for k in jax.random.split(key, passes)
         ]
         error = jnp.mean(jnp.stack(errors))
         # A sum of independent coins, of one bias or of many, obeys Chernoff's bound.
         above = measures.kl_inverse(error, jnp.log(len(grid) / SAMPLE_DELTA) / draws)
-        kl = jnp.sum(complexity(twin, network, prior, beta, *sigmas))
+        kl = jnp.sum(complexity(twin, network, prior, beta, sigmas[0], sigmas[1]))
         value = measures.seeger_bound(above, kl + jnp.log(len(grid)), len(y), DELTA)
         return Result(value, kl, error, sigmas)
 
@@ -168,8 +181,8 @@ def run(name: str, settings: argparse.Namespace) -> dict[str, float]:
     twin, beta = TWINS[name], settings.beta
     data = digits.load(train_size=1400, seed=settings.seed)
     train_data, test = ((x.reshape(len(x), -1), y) for x, y in data)
-    first = tuple(x[:700] for x in train_data)  # For the prior; the others are for the bound.
-    second = tuple(x[700:] for x in train_data)
+    x, y = train_data
+    first, second = (x[:700], y[:700]), (x[700:], y[700:])  # For the prior, and for the bound.
     keys = jax.random.split(jax.random.key(settings.seed), 6)
     start = Network(
         0.1 * jax.random.normal(keys[0], (settings.width, 64)),
@@ -181,9 +194,9 @@ def run(name: str, settings: argparse.Namespace) -> dict[str, float]:
     )
     found = bound(twin, network, prior, second, beta, keys[4])
 
-    outputs = jax.vmap(lambda k: sample(twin, network, test[0], beta, *found.sigmas, k))(
-        jax.random.split(keys[5], 200)
-    )
+    outputs = jax.vmap(
+        lambda k: sample(twin, network, test[0], beta, found.sigmas[0], found.sigmas[1], k)
+    )(jax.random.split(keys[5], 200))
     votes = jnp.argmax(outputs, axis=-1)
     counts = jnp.sum(jax.nn.one_hot(votes, CLASSES), axis=0)
     mean = jnp.argmax(predict(twin, network, test[0], beta), axis=1)

@@ -56,7 +56,7 @@ INSIDE = {
         ["_pac_bayes_bound"],
         ["_pac_bayes_posterior"],
         ["_quantise", "_similarity", "_barrier", "_symmetry"],
-        ["_geodesic"],
+        ["_geodesic", "_alignment"],
     ],
     "curves": [["_bases"], ["_points"], ["_training", "_evaluation"]],
 }

@@ -1,8 +1,11 @@
 """Measures of flatness: pure functions of a loss, parameters and data."""
 
+from flatopt.measures._alignment import Alignment as Alignment
+from flatopt.measures._alignment import align_units as align_units
 from flatopt.measures._barrier import Barrier as Barrier
 from flatopt.measures._barrier import barrier_height as barrier_height
 from flatopt.measures._barrier import linear_barrier as linear_barrier
+from flatopt.measures._barrier import mode_connectivity as mode_connectivity
 from flatopt.measures._density import SpectralDensity as SpectralDensity
 from flatopt.measures._density import spectral_density as spectral_density
 from flatopt.measures._eigenvalues import Eigenvalues as Eigenvalues
@@ -35,10 +38,9 @@ from flatopt.measures._results import Estimate as Estimate
 from flatopt.measures._sharpness import adaptive_sharpness as adaptive_sharpness
 from flatopt.measures._sharpness import sam_sharpness as sam_sharpness
 from flatopt.measures._similarity import cka as cka
+from flatopt.measures._similarity import jensen_shannon as jensen_shannon
 from flatopt.measures._similarity import prediction_disagreement as prediction_disagreement
-from flatopt.measures._symmetry import Alignment as Alignment
 from flatopt.measures._symmetry import Units as Units
-from flatopt.measures._symmetry import align_units as align_units
 from flatopt.measures._symmetry import chain_units as chain_units
 from flatopt.measures._symmetry import rescale_units as rescale_units
 from flatopt.measures._trace import Trace as Trace
