@@ -34,8 +34,7 @@ def geodesic(
     Args:
       params, other_params, position: networks of the same shapes, and t in [0, 1], 0 at the first.
       units: the hidden units: `chain_units(params)`. Static.
-      normalise_output: whether what leads to no hidden unit, the output layer, has length 1 all
-        the way: that keeps the predictions, not the loss. Static.
+      normalise_output: whether what leads to no hidden unit has length 1 all the way. Static.
 
     Returns:
       A tree like `params`.
@@ -47,8 +46,7 @@ def geodesic(
       [1.414 1.414]
 
     References:
-      Pittorino, Ferraro, Perugini, Feinauer, Baldassi, Zecchina. Deep Networks on Toroids.
-      arXiv:2202.03038
+      Pittorino and others. Deep Networks on Toroids. arXiv:2202.03038
 
     Cost: nothing.
     """

@@ -78,14 +78,13 @@ def cka(
 ) -> jax.Array:
     r"""Linear centred kernel alignment of the features of two networks, over minibatches.
 
-    .. math:: \sum_b \mathrm{HSIC}(K_b, K'_b) \Big/
-       \sqrt{\sum_b \mathrm{HSIC}(K_b, K_b) \, \sum_b \mathrm{HSIC}(K'_b, K'_b)}
+    .. math:: \sum_b H(K_b, K'_b) \big/ \sqrt{\sum_b H(K_b, K_b) \, \sum_b H(K'_b, K'_b)}
 
     Args:
       features_fn, other_features_fn: of (params, batch), [examples, ...]; None: the first. Static.
       params, other_params: the first network and the second.
       batches, weights: the data, four examples a batch at least; see `hessian_vector_product`.
-      estimator: of HSIC; "biased" rises as batches shrink below the features, two at least. Static.
+      estimator: of H, HSIC; "biased" rises as batches shrink below the features, two at least. Static.
 
     Returns:
       A scalar: 1 for features equal up to rotation, scale and shift, about 0 for unrelated ones.
