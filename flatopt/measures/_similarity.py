@@ -84,7 +84,7 @@ def cka(
       features_fn, other_features_fn: of (params, batch), [examples, ...]; None: the first. Static.
       params, other_params: the first network and the second.
       batches, weights: the data, four examples a batch at least; see `hessian_vector_product`.
-      estimator: of H, HSIC; "biased" rises as batches shrink below the features, two at least. Static.
+      estimator: of H, HSIC; "biased" rises as batches shrink, and takes two at least. Static.
 
     Returns:
       A scalar: 1 for features equal up to rotation, scale and shift, about 0 for unrelated ones.
