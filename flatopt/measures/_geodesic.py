@@ -33,8 +33,7 @@ def geodesic(
 
     Args:
       params, other_params, position: networks of the same shapes, and t in [0, 1], 0 at the first.
-      units: the hidden units: `chain_units(params)`. Static.
-      normalise_output: whether what leads to no hidden unit has length 1 all the way. Static.
+      units, normalise_output: `chain_units(params)`; whether all else has length 1 always. Static.
 
     Returns:
       A tree like `params`.
