@@ -142,8 +142,7 @@ def geodesic_barrier(
     Args:
       loss_fn, batches, weights: a loss or an error, and the data; see `hessian_vector_product`.
       params, other_params: the first network and the second, of the same shapes.
-      units, normalise_output: see `geodesic`. Static.
-      num_points: points of the path, >= 2, ends included. Static.
+      units, normalise_output, num_points: see `geodesic`; points, >= 2, ends included. Static.
 
     Returns:
       `Barrier`: height, positions and losses.
@@ -157,8 +156,7 @@ def geodesic_barrier(
       0.250 0.000
 
     References:
-      Pittorino, Ferraro, Perugini, Feinauer, Baldassi, Zecchina. Deep Networks on Toroids.
-      arXiv:2202.03038
+      Pittorino and others. Deep Networks on Toroids. arXiv:2202.03038
 
     Cost: `num_points` losses over the data.
     """
