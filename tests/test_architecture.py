@@ -49,12 +49,14 @@ CORE = [
 # Inside a package beside the families, from the bottom up; those on one line are strangers.
 INSIDE = {
     "measures": [
-        ["_variables", "_results"],
+        ["_variables", "_results", "_kl_inverse"],
         ["_basis", "_operator"],
         ["_lanczos", "_rises", "_trace", "_sharpness", "_keskar", "_gradients", "_critical"],
         ["_eigenvalues", "_density", "_local_energy", "_local_entropy", "_pac_bayes"],
+        ["_pac_bayes_bound"],
+        ["_pac_bayes_posterior"],
         ["_quantise", "_similarity", "_barrier", "_symmetry"],
-        ["_geodesic"],
+        ["_geodesic", "_alignment"],
     ],
     "curves": [["_bases"], ["_points"], ["_training", "_evaluation"]],
 }

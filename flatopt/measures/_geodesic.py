@@ -21,6 +21,8 @@ def geodesic(
     other_params: optax.Params,
     position: jax.typing.ArrayLike,
     units: Sequence[Units],
+    *,
+    normalise_output: bool = False,
 ) -> optax.Params:
     r"""A point of the path that turns every hidden unit along the shortest arc.
 
@@ -31,7 +33,7 @@ def geodesic(
 
     Args:
       params, other_params, position: networks of the same shapes, and t in [0, 1], 0 at the first.
-      units: the hidden units: `chain_units(params)`. Static.
+      units, normalise_output: `chain_units(params)`; whether all else has length 1 always. Static.
 
     Returns:
       A tree like `params`.
@@ -43,8 +45,7 @@ def geodesic(
       [1.414 1.414]
 
     References:
-      Pittorino, Ferraro, Perugini, Feinauer, Baldassi, Zecchina. Deep Networks on Toroids.
-      arXiv:2202.03038
+      Pittorino and others. Deep Networks on Toroids. arXiv:2202.03038
 
     Cost: nothing.
     """
@@ -76,6 +77,11 @@ def geodesic(
         first_weight, second_weight = _arc(
             _sum(slots, ours, ours), _sum(slots, theirs, theirs), _sum(slots, ours, theirs), t
         )
+        if normalise_output:
+            length = (1 - t) * jnp.sqrt(_sum(slots, ours, ours))
+            length = length + t * jnp.sqrt(_sum(slots, theirs, theirs))
+            scale = jnp.where(length > 0, length, 1.0)
+            first_weight, second_weight = first_weight / scale, second_weight / scale
         for path in rest:
             first, second = (w.astype(ours[path].dtype) for w in (first_weight, second_weight))
             result[path] = first * ours[path] + second * theirs[path]
@@ -112,9 +118,10 @@ def _arc(
 @dataclasses.dataclass(frozen=True)
 class _Path:
     units: tuple[Units, ...]
+    normalise_output: bool
 
     def __call__(self, params: Any, other: Any, position: jax.Array) -> Any:
-        return geodesic(params, other, position, self.units)
+        return geodesic(params, other, position, self.units, normalise_output=self.normalise_output)
 
 
 def geodesic_barrier(
@@ -125,6 +132,7 @@ def geodesic_barrier(
     *,
     weights: _batches.Weights = None,
     units: Sequence[Units],
+    normalise_output: bool = False,
     num_points: int = 25,
 ) -> Barrier:
     r"""The rise of the loss, or of the error, on the geodesic between two networks.
@@ -134,7 +142,7 @@ def geodesic_barrier(
     Args:
       loss_fn, batches, weights: a loss or an error, and the data; see `hessian_vector_product`.
       params, other_params: the first network and the second, of the same shapes.
-      units, num_points: see `geodesic`; points of the path, >= 2, ends included. Static.
+      units, normalise_output, num_points: see `geodesic`; points, >= 2, ends included. Static.
 
     Returns:
       `Barrier`: height, positions and losses.
@@ -148,11 +156,10 @@ def geodesic_barrier(
       0.250 0.000
 
     References:
-      Pittorino, Ferraro, Perugini, Feinauer, Baldassi, Zecchina. Deep Networks on Toroids.
-      arXiv:2202.03038
+      Pittorino and others. Deep Networks on Toroids. arXiv:2202.03038
 
     Cost: `num_points` losses over the data.
     """
     data = _batches.weigh(batches, weights)
-    path = _Path(tuple(units))
+    path = _Path(tuple(units), normalise_output)
     return _barrier.profile(loss_fn, params, other_params, data, num_points, path)
