@@ -26,6 +26,11 @@ class PadamState(NamedTuple):
     nu_max: optax.Updates
 
 
+def weight_so_far(b: float, t: jax.Array) -> jax.Array:
+    """The sum of the shares in a decaying mean of t numbers, :math:`1 - b^t`, for b near 1 too."""
+    return jnp.where(b > 0, -jnp.expm1(t * jnp.log1p(jnp.maximum(b, 1e-30) - 1)), 1)
+
+
 def padam_step(
     grads: optax.Updates, state: PadamState, *, b1: float, b2: float, eps: float, partial: float
 ) -> tuple[optax.Updates, PadamState]:
@@ -33,7 +38,7 @@ def padam_step(
     t = optax.safe_increment(state.t)
     mu = optax.tree.update_moment(grads, state.mu, b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
-    correction = jnp.sqrt(1 - b2**t) / (1 - b1**t)
+    correction = jnp.sqrt(weight_so_far(b2, t)) / weight_so_far(b1, t)
     nu_max = jax.tree.map(jnp.maximum, state.nu_max, optax.tree.cast_like(nu, state.nu))
 
     def leaf(m: jax.Array, v: jax.Array) -> jax.Array:

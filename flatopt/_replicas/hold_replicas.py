@@ -176,8 +176,10 @@ def _stack(trees: list[Any]) -> Any:
 def _join(first: Any, others: Any) -> Any:
     """One tree with a leading replica axis from one tree without and one with, or None."""
     if others is None:
-        return jax.tree.map(lambda x: x[None], first)
-    return jax.tree.map(lambda x, rest: jnp.concatenate([x[None], rest]), first, others)
+        return jax.tree.map(lambda x: jnp.asarray(x)[None], first)
+    return jax.tree.map(
+        lambda x, rest: jnp.concatenate([jnp.asarray(x)[None], rest]), first, others
+    )
 
 
 def _others(replicas: Any) -> Any:

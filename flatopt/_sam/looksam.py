@@ -29,7 +29,8 @@ def unit_across(perturbed: Any, clean: Any) -> Any:
     across = tree_math.add_scaled(perturbed, -parallel * inverse, clean)
     length = tree_math.norm(across)
     # What rounding and the guard leave of parallel gradients is no direction.
-    rounding = max((jnp.finfo(x.dtype).eps for x in jax.tree.leaves(perturbed)), default=0.0)
+    dtypes = [jnp.result_type(x) for x in jax.tree.leaves(perturbed) if tree_math.is_inexact(x)]
+    rounding = max((jnp.finfo(dtype).eps for dtype in dtypes), default=0.0)
     noise = (8 * rounding + 2 * guard) * tree_math.norm(perturbed)
     return tree_math.scale(jnp.where((length > noise) & (size > 0), 1 / length, 0), across)
 

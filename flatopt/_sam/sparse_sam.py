@@ -143,7 +143,7 @@ def mask_by_fisher(
             fisher = optax.tree.where(finite, squares, state.fisher)
 
         def renew(carry: tuple[Any, Any]) -> tuple[Any, Any]:
-            number = round((1 - sparsity) * optax.tree.size(carry[1]))
+            number = round((1 - sparsity) * tree_math.size(updates))
             return quantile.largest_in_tree(carry[1], number), optax.tree.zeros_like(carry[1])
 
         carry = (state.mask, optax.tree.cast_like(fisher, state.fisher))
@@ -213,7 +213,7 @@ def mask_at_random(
 
     def init_fn(params: optax.Params) -> RandomMaskState:
         left, use = stream.split(stream.init())
-        live = round((1 - sparsity) * optax.tree.size(params))
+        live = round((1 - sparsity) * tree_math.size(params))
         mask = quantile.largest_in_tree(rng.uniform_like(use, params), live)
         return RandomMaskState(jnp.zeros([], jnp.int32), left, mask, perturbation.init(params))
 
@@ -224,7 +224,8 @@ def mask_at_random(
 
         def renew(carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
             left, use = stream.split(carry[1])
-            live, size = round((1 - sparsity) * optax.tree.size(updates)), optax.tree.size(updates)
+            size = tree_math.size(updates)
+            live = round((1 - sparsity) * size)
             dropped = number_to_drop(state.step, live, size - live, drop_rate, decay_steps)
             return regrow(carry[0], updates, rng.uniform_like(use, updates), dropped, live), left
 

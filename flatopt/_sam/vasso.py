@@ -46,7 +46,7 @@ def smooth_gradient(
     checks.check_number("decay", decay, low=0.0, high=1.0, high_allowed=False)
 
     def direction(grads: Any, state: GradientEmaState, step: Any) -> tuple[Any, Any]:
-        mean = follow_mean(value_at(decay, step), state.ema, grads)
+        mean = follow_mean(1 - value_at(decay, step), state.ema, grads)
         return optax.tree.cast_like(mean, grads), mean
 
     return gradient_ema_direction(direction, accumulator_dtype)
