@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._averaging.swa import swa
-from flatopt._core import checks, registry, stage
+from flatopt._core import checks, registry, stage, tree_math
 
 
 class PadamState(NamedTuple):
@@ -39,12 +39,12 @@ def padam_step(
     mu = optax.tree.update_moment(grads, state.mu, b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
     correction = jnp.sqrt(weight_so_far(b2, t)) / weight_so_far(b1, t)
-    nu_max = jax.tree.map(jnp.maximum, state.nu_max, optax.tree.cast_like(nu, state.nu))
+    nu_max = jax.tree.map(jnp.maximum, state.nu_max, tree_math.cast_like(nu, state.nu))
 
     def leaf(m: jax.Array, v: jax.Array) -> jax.Array:
         return (correction * (m / (jnp.sqrt(v) + eps) ** (2 * partial))).astype(m.dtype)
 
-    kept = (optax.tree.cast_like(mu, state.mu), optax.tree.cast_like(nu, state.nu), nu_max)
+    kept = (tree_math.cast_like(mu, state.mu), tree_math.cast_like(nu, state.nu), nu_max)
     return jax.tree.map(leaf, mu, nu_max), PadamState(t, *kept)
 
 

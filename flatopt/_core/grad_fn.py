@@ -78,7 +78,7 @@ class GradFn:
             accumulator=(mean, mean),
         )
         value, grads = value_and_grad(params, *arrays, **self.kwargs)
-        return value, optax.tree.cast_like(grads, params)
+        return value, tree_math.cast_like(grads, params)
 
     def _share_of_the_mean(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` of a microbatch, times its weight over the mean weight of a microbatch."""

@@ -181,9 +181,30 @@ def apply_if(predicate: jax.Array, function: Callable[[Any], Any], carry: Any) -
     return jax.lax.fori_loop(0, predicate.astype(jnp.int32), turn, carry)
 
 
-def as_dtype_of(x: Any, like: jax.Array) -> jax.Array:
+def as_dtype_of(x: Any, like: Any) -> jax.Array:
     """`x` in the dtype of `like`."""
-    return jnp.asarray(x) if jnp.result_type(x) == like.dtype else jnp.asarray(x, like.dtype)
+    # Of Python's and numpy's numbers too: JAX may not use the dtype that they bring.
+    own = jnp.result_type(like)
+    return jnp.asarray(x) if jnp.result_type(x) == own else jnp.asarray(x, own)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """`tree`, each leaf in the dtype of its leaf of `like`."""
+    return jax.tree.map(as_dtype_of, tree, like)
+
+
+def as_stored(tree: Any) -> Any:
+    """`tree`, rounded as memory holds it.
+
+    Within a program XLA computes half precision in single and rounds what it stores alone: what is
+    to be taken back later from a state has to be added as it stands there.
+    """
+
+    def leaf(x: jax.Array) -> jax.Array:
+        info = jnp.finfo(x.dtype)
+        return x if info.bits >= 32 else jax.lax.reduce_precision(x, info.nexp, info.nmant)
+
+    return jax.tree.map(lambda x: leaf(x) if is_inexact(x) else x, tree)
 
 
 def groups(leaves: list[jax.Array], alone: Collection[int] = ()) -> list[list[int]]:

@@ -173,7 +173,7 @@ def entropy_sgd(
         now, b = outer.at(state.step), state.trace
         if program.outer_momentum:
             if program.seeded:
-                first = optax.tree.cast_like(updates, b)
+                first = tree_math.cast_like(updates, b)
                 b = optax.tree.where(state.step == 0, first, b)
             d, b = outer_step(b, d, params, now, damp=dampening, nesterov=nesterov)
         # The rate, not the gradient: the momentum holds distances, whatever gamma was.

@@ -151,7 +151,7 @@ def local_entropy(
             unit = jnp.where(measures, found, unit).astype(unit.dtype)
         if num_steps:
             factor = now.gamma * unit if scale_by_gamma else 1
-            updates = optax.tree.cast_like(tree_math.scale(factor, away), updates)
+            updates = tree_math.cast_like(tree_math.scale(factor, away), updates)
         return updates, LocalEntropyState(optax.safe_increment(state.step), unit, noise_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -196,7 +196,7 @@ def _explore(
         gradient = checks.require_grad_fn("local_entropy", grad_fn, params)
 
         def body(number: Any, carry: Any) -> Any:
-            grads = gradient(optax.tree.cast_like(carry[0], params), number - loop.first)
+            grads = gradient(tree_math.cast_like(carry[0], params), number - loop.first)
             return descend(number, grads, carry)
 
         carry = jax.lax.fori_loop(loop.first, loop.num_steps, body, carry)

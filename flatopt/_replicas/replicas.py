@@ -132,7 +132,7 @@ def replicate_params(
     @jax.jit
     def other(key: jax.Array, params: optax.Params) -> optax.Params:
         if init_fn is not None:
-            return optax.tree.cast_like(init_fn(key), params)
+            return tree_math.cast_like(init_fn(key), params)
         return kick(params, std, rng.normal_like(key, params))
 
     # Stacked one by one: each then lies on the devices as `params` does.

@@ -95,7 +95,7 @@ def alternate(
 
         def leave(carry: tuple[optax.Updates, AlternateState]) -> Any:
             moves, state = carry
-            grads = optax.tree.cast_like(moves, updates)
+            grads = tree_math.cast_like(moves, updates)
             kwargs = extra_args | {"step": state.step}
             moves, ascent = perturbation.update(grads, state.perturbation_state, params, **kwargs)
             state = state._replace(clean=params, perturbation_state=ascent)
@@ -103,7 +103,7 @@ def alternate(
 
         def come_back(carry: tuple[optax.Updates, AlternateState]) -> Any:
             wide, state = carry
-            grads = optax.tree.cast_like(wide, updates)
+            grads = tree_math.cast_like(wide, updates)
             moves, inner = optimizer.update(grads, state.inner_state, state.clean, **extra_args)
             target = optax.apply_updates(state.clean, moves)
             state = state._replace(step=optax.safe_increment(state.step), inner_state=inner)

@@ -155,7 +155,7 @@ def arwp(
         sigma, now_eta = nonnegative_at(std, step), value_at(eta, step)
         displacement = damp(draws, params, state.fisher, sigma, now_eta, filter_axis)
         grads = gradient(optax.apply_updates(params, displacement), 0)
-        grads = optax.tree.cast_like(grads, updates)
+        grads = tree_math.cast_like(grads, updates)
         fisher = accumulate(state.fisher, grads, value_at(decay, step), filter_axis)
         return grads, AdaptiveFilterNoiseState(optax.safe_increment(step), noise_state, fisher)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, registry, stage
+from flatopt._core import checks, registry, stage, tree_math
 from flatopt._core.grad_fn import GradientFunction
 from flatopt._core.timing import Every
 
@@ -82,7 +82,7 @@ def gradient_at(
             point, grads, ascent = carry
             displacement, ascent = perturbation.update(grads, ascent, params, **extra_args)
             point = optax.apply_updates(point, displacement)
-            return point, optax.tree.cast_like(gradient(point, i), updates), ascent
+            return point, tree_math.cast_like(gradient(point, i), updates), ascent
 
         def sharp(carry: Any) -> Any:
             clean, ascent, mixing = carry

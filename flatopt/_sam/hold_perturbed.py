@@ -80,7 +80,7 @@ def hold_perturbed(
         offset, perturbation_state = perturbation.update(
             updates, state.perturbation_state, centre, **extra_args
         )
-        offset = optax.tree.cast_like(offset, state.offset)
+        offset = tree_math.cast_like(offset, state.offset)
         moves = change_offset(moves, state.offset, offset)
         return moves, HoldPerturbedState(inner_state, perturbation_state, offset)
 

@@ -147,8 +147,8 @@ def reuse_direction(
             clean, ascent, old = carry
             displacement, ascent = perturbation.update(clean, ascent, params, **extra_args)
             grads = gradient(optax.apply_updates(params, displacement), 0)
-            grads = optax.tree.cast_like(grads, updates)
-            new = optax.tree.cast_like(each(unit_across, grads, clean), old)
+            grads = tree_math.cast_like(grads, updates)
+            new = tree_math.cast_like(each(unit_across, grads, clean), old)
             # Else one overflow would spoil the next updates too.
             finite = jnp.isfinite(tree_math.norm(clean) + tree_math.norm(grads))
             return grads, ascent, optax.tree.where(finite, new, old)

@@ -157,7 +157,7 @@ def _displaced(
         step = optax.safe_increment(state.step)
         if off:
             return moves, MsamState(step, state.scale, inner_state)
-        new = momenta.find_first(inner_state, updates, "msam")
+        new = tree_math.as_stored(momenta.find_first(inner_state, updates, "msam"))
         old = old_momentum(state, new, updates)
         scale = value_at(rho, state.step) / (tree_math.norm(new) + tree_math.EPSILON)
         scale = jnp.asarray(scale, state.scale.dtype)

@@ -76,7 +76,7 @@ def standard_normal(key: rng.KeyLike = 0) -> optax.GradientTransformationExtraAr
         # would keep the activations of both in memory.
         key, updates = jax.lax.optimization_barrier((state.key, updates))
         keep, use = stream.split(key)
-        draws = optax.tree.cast_like(rng.normal_like(use, updates), updates)
+        draws = tree_math.cast_like(rng.normal_like(use, updates), updates)
         return draws, NoiseState(keep)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

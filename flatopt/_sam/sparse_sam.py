@@ -146,7 +146,7 @@ def mask_by_fisher(
             number = round((1 - sparsity) * tree_math.size(updates))
             return quantile.largest_in_tree(carry[1], number), optax.tree.zeros_like(carry[1])
 
-        carry = (state.mask, optax.tree.cast_like(fisher, state.fisher))
+        carry = (state.mask, tree_math.cast_like(fisher, state.fisher))
         mask, fisher = tree_math.apply_if(state.step % every == 0, renew, carry)
         step = optax.safe_increment(state.step)
         return _apply(mask, moves), FisherMaskState(step, mask, fisher, inner)
