@@ -28,7 +28,9 @@ class PadamState(NamedTuple):
 
 def weight_so_far(b: float, t: jax.Array) -> jax.Array:
     """The sum of the shares in a decaying mean of t numbers, :math:`1 - b^t`, for b near 1 too."""
-    return jnp.where(b > 0, -jnp.expm1(t * jnp.log1p(jnp.maximum(b, 1e-30) - 1)), 1)
+    c = jnp.asarray(1 - b, float)  # Before the cast: in float32 a b within 1e-8 of 1 is 1.
+    total = -jnp.expm1(t * jnp.log1p(-jnp.minimum(c, 1 - jnp.finfo(c.dtype).epsneg)))
+    return jnp.where(c < 1, total, 1)
 
 
 def padam_step(

@@ -35,7 +35,8 @@ class Stream:
 
     def init(self) -> jax.Array:
         """Raw uint32 data of the key, in a buffer of its own."""
-        return jnp.array(jax.random.key_data(as_key(self._key)))
+        # Computed, as `split` does, so that on a mesh both are laid out, and compiled for, alike.
+        return jax.random.key_data(as_key(self._key)) ^ jnp.uint32(0)
 
     def split(self, data: jax.Array) -> tuple[jax.Array, jax.Array]:
         """New key data to keep, and a typed key to use now."""

@@ -67,6 +67,9 @@ def norm(tree: Any) -> jax.Array:
         return jnp.sqrt(_sum_of_products(moved, moved)) * inverse
 
     is_plain = (square > SMALLEST_SQUARE) & (square < LARGEST_SQUARE)
+    if any(jax.typeof(x).sharding.mesh.are_all_axes_explicit for x in leaves):
+        # Under `jax.vmap` a branch becomes a choice of all leaves, which JAX cannot lay out here.
+        return apply_if(~is_plain, lambda _: scaled(), jnp.sqrt(square))
     return jax.lax.cond(is_plain, lambda: jnp.sqrt(square), scaled)
 
 

@@ -24,8 +24,12 @@ def filter_squares(x: jax.Array, filter_axis: int | None) -> jax.Array:
 
 def filter_norms(x: jax.Array, filter_axis: int | None) -> jax.Array:
     """Norm of each filter; of a bias, the norm of the whole, since its entries may be zero."""
-    squares = filter_squares(x, filter_axis)
-    return jnp.sqrt(squares if jnp.ndim(x) > 1 else jnp.sum(squares))
+    wide = jnp.asarray(x, tree_math.accumulator_dtype(jnp.result_type(x)))
+    # Over a power of two, so that squares neither overflow nor underflow, and no bit changes.
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(wide), initial=0))
+    unit = jnp.ldexp(jnp.ones([], wide.real.dtype), jnp.clip(exponent, -120, 120))
+    squares = filter_squares(wide / unit, filter_axis)
+    return unit * jnp.sqrt(squares if jnp.ndim(x) > 1 else jnp.sum(squares))
 
 
 class NoiseState(NamedTuple):
