@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, means, registry, stage
+from flatopt._core import checks, means, registry, stage, tree_math
 from flatopt._core.timing import Every, value_at
 
 
@@ -107,7 +107,7 @@ def bema(
         beta = power_of_time(t, value_at(kappa, state.step), lag=lag, multiplier=multiplier)
         alpha = power_of_time(t, value_at(eta, state.step), lag=lag, multiplier=multiplier)
         beta = jnp.where(begins, 1, jnp.maximum(beta, min_share))
-        own = optax.tree.cast_like(params, state.initial)
+        own = tree_math.cast_like(params, state.initial)
         initial = optax.tree.where(begins, own, state.initial)
         ema = means.towards(state.ema, params, beta)
         mean = correct(ema, params, initial, alpha)

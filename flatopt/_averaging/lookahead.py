@@ -92,12 +92,12 @@ def lookahead(
         moves, inner_state = optimizer.update(updates, state.inner_state, params, **extra_args)
         fast, slow, slow_state = optax.apply_updates(params, moves), state.slow, state.slow_state
         if when.begin > 0:  # Until then the slow weights are the fast ones.
-            slow = optax.tree.where(step <= when.begin, optax.tree.cast_like(fast, slow), slow)
+            slow = optax.tree.where(step <= when.begin, tree_math.cast_like(fast, slow), slow)
         due = when.is_due(step)
         landed = fast
         if not keeps_fast:
             moves, landed = _land(due, slow, fast, alpha, params, moves)
-        slow = optax.tree.where(due, optax.tree.cast_like(landed, slow), slow)
+        slow = optax.tree.where(due, tree_math.cast_like(landed, slow), slow)
         if pull_back:
             inner_state, slow_state = _pull_back(due, inner_state, slow_state, alpha, params)
         if reset_state:

@@ -138,7 +138,7 @@ def schedule_free_plus(
         x = means.towards(state.x, z, share)
         moves = means.moves(between(x, z, b), params, updates)
         new = (step, x, z, inner_state, norm_mean, rate, largest, total)
-        return moves, ScheduleFreePlusState(*optax.tree.cast_like(new, tuple(state)))
+        return moves, ScheduleFreePlusState(*tree_math.cast_like(new, tuple(state)))
 
     init_fn = functools.partial(_init, direction, accumulator_dtype)
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -69,7 +69,7 @@ class GradFn:
         checks.require_arrays("params", params)
         function = jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)
         value, grads = self._mean(function, params)
-        return value, grads if self.microbatches is None else optax.tree.cast_like(grads, params)
+        return value, grads if self.microbatches is None else tree_math.cast_like(grads, params)
 
     def value(self, params: optax.Params) -> jax.Array:
         """Returns the loss alone, by a forward pass at `params`; auxiliary output is dropped."""

@@ -35,7 +35,8 @@ class Stream:
 
     def init(self) -> jax.Array:
         """Raw uint32 data of the key, in a buffer of its own."""
-        return jnp.array(jax.random.key_data(as_key(self._key)))
+        # Computed, as `split` does, so that on a mesh both are laid out, and compiled for, alike.
+        return jax.random.key_data(as_key(self._key)) ^ jnp.uint32(0)
 
     def split(self, data: jax.Array) -> tuple[jax.Array, jax.Array]:
         """New key data to keep, and a typed key to use now."""
@@ -90,6 +91,8 @@ def split(data: jax.Array) -> tuple[jax.Array, jax.Array]:
 def normal_like(key: jax.Array, tree: Any) -> Any:
     """Standard normal draws, one an entry: in float32 or complex64 whatever the precision.
 
+    Zeros for what has no place to be moved to: counters, flags, random keys.
+
     So a run in float64 sees the noise that the same run in float32 sees.
     """
 
@@ -104,7 +107,7 @@ def normal_like(key: jax.Array, tree: Any) -> Any:
 
 
 def uniform_like(key: jax.Array, tree: Any) -> Any:
-    """Draws from [0, 1) in float32, one an entry."""
+    """Draws from [0, 1) in float32, one an entry; zeros for counters, flags, random keys."""
     return _draw_like(key, tree, functools.partial(jax.random.uniform, dtype=jnp.float32))
 
 
@@ -117,7 +120,8 @@ def signs_like(key: jax.Array, tree: Any) -> Any:
 
 def _draw_like(key: jax.Array, tree: Any, sampler: Callable[..., jax.Array]) -> Any:
     """Independent draws, one an entry of `tree`, each lying where its leaf lies."""
-    leaves, structure = jax.tree.flatten(tree)
+    everything, structure = jax.tree.flatten(tree)
+    leaves = [jnp.asarray(x) for x in everything if tree_math.is_inexact(x)]
     groups = tree_math.groups(leaves)
     drawn: dict[int, jax.Array] = {}
     for own_key, group in zip(jax.random.split(key, len(groups)), groups, strict=True):
@@ -128,4 +132,8 @@ def _draw_like(key: jax.Array, tree: Any, sampler: Callable[..., jax.Array]) -> 
             continue
         joined = sampler(own_key, (sum(leaf.size for leaf in chosen),))
         drawn |= zip(group, tree_math.split(joined, chosen), strict=True)
-    return jax.tree.unflatten(structure, [drawn[i] for i in range(len(leaves))])
+    draws = (drawn[i] for i in range(len(leaves)))
+    none = (jnp.zeros(jnp.shape(x)) for x in everything if not tree_math.is_inexact(x))
+    return jax.tree.unflatten(
+        structure, [next(draws if tree_math.is_inexact(x) else none) for x in everything]
+    )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, registry, rng, tree_math
+from flatopt._core import checks, means, registry, rng, tree_math
 from flatopt._core.timing import value_at
 from flatopt._entropy.langevin import thermal_noise
 
@@ -55,7 +55,7 @@ def momentum_step(
 
 def follow(mean: Any, y: Any, past: Any) -> Any:
     r""":math:`a \mu + (1 - a) y`, over a tree."""
-    return jax.tree.map(lambda m, y: (past * m + (1 - past) * y).astype(m.dtype), mean, y)
+    return tree_math.on_inexact(lambda m, y: past * m + (1 - past) * y, mean, y)
 
 
 def unit_of_gamma(value: Any, away: optax.Updates) -> jax.Array:
@@ -151,7 +151,7 @@ def local_entropy(
             unit = jnp.where(measures, found, unit).astype(unit.dtype)
         if num_steps:
             factor = now.gamma * unit if scale_by_gamma else 1
-            updates = optax.tree.cast_like(tree_math.scale(factor, away), updates)
+            updates = tree_math.cast_like(tree_math.scale(factor, away), updates)
         return updates, LocalEntropyState(optax.safe_increment(state.step), unit, noise_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -180,7 +180,7 @@ def _explore(
     extra_args = dict(extra_args)
     grad_fn = extra_args.pop("grad_fn", None)
     extra_args.pop("value", None)
-    start = jax.tree.map(lambda w: w.astype(tree_math.accumulator_dtype(w.dtype)), params)
+    start = means.copy(params)
     still = optax.tree.zeros_like(start)
 
     def descend(number: Any, grads: optax.Updates, carry: Any) -> Any:
@@ -196,11 +196,12 @@ def _explore(
         gradient = checks.require_grad_fn("local_entropy", grad_fn, params)
 
         def body(number: Any, carry: Any) -> Any:
-            grads = gradient(optax.tree.cast_like(carry[0], params), number - loop.first)
+            grads = gradient(tree_math.cast_like(carry[0], params), number - loop.first)
             return descend(number, grads, carry)
 
         carry = jax.lax.fori_loop(loop.first, loop.num_steps, body, carry)
-    return optax.tree.sub(start, carry[1]), carry[3]
+    away = tree_math.on_inexact(lambda _, w, mu: w - mu, still, start, carry[1])
+    return away, carry[3]
 
 
 def _check_ranges(numbers: Numbers) -> None:
@@ -239,6 +240,8 @@ def _step_tree(step: InnerStep, y: Any, v: Any, g: Any, w: Any, xi: Any, now: Nu
     """The new y and v, leaf by leaf, in their dtypes."""
 
     def leaf(y: Any, v: Any, g: Any, w: Any, xi: Any) -> tuple[jax.Array, jax.Array]:
+        if not tree_math.is_inexact(y):
+            return y, v
         new_y, new_v = step(y, v, g, w, xi, now)
         return new_y.astype(y.dtype), new_v.astype(v.dtype)
 

@@ -107,7 +107,7 @@ def gradient_at(
             displacement, ascent = perturbation.update(grads, ascent, params, **extra)
             point = optax.apply_updates(point, displacement)
             way = tree_math.move(way, 1, displacement) if record else way
-            return point, optax.tree.cast_like(gradient(point, i), updates), ascent, way
+            return point, tree_math.cast_like(gradient(point, i), updates), ascent, way
 
         def sharp(carry: Any) -> Any:
             clean, ascent, mixing, kept = carry
@@ -115,7 +115,7 @@ def gradient_at(
             carry = (params, clean, ascent, way)
             point, grads, ascent, way = stage.repeat(num_steps, climb, carry)
             if record:
-                kept = optax.tree.cast_like(sharpness(way, clean, grads), kept)
+                kept = tree_math.cast_like(sharpness(way, clean, grads), kept)
             seen = {"clean_updates": clean, "perturbed_params": point, "grad_fn": grad_fn}
             grads, mixing = combiner.update(grads, mixing, params, **(extra | seen))
             return grads, ascent, mixing, kept

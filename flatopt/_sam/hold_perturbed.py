@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import optax
 
 from flatopt._core import checks, registry, tree_math
@@ -28,7 +27,8 @@ class HoldPerturbedState(NamedTuple):
 
 def change_offset(update: Any, old: Any, new: Any) -> optax.Updates:
     r"""The centre's update and the offset's, :math:`u + (\epsilon_{t+1} - \epsilon_t)`."""
-    return jax.tree.map(lambda u, o, n: (u + (n - o)).astype(u.dtype), update, old, new)
+    wide = tree_math.widened(update, new)
+    return tree_math.on_inexact(lambda u, o, n: u + (n - o), wide, old, new)
 
 
 @registry.method("wrapper")
@@ -81,7 +81,7 @@ def hold_perturbed(
         offset, perturbation_state = perturbation.update(
             updates, state.perturbation_state, centre, **extra_args
         )
-        offset = optax.tree.cast_like(offset, state.offset)
+        offset = tree_math.cast_like(offset, state.offset)
         moves = change_offset(moves, state.offset, offset)
         return moves, HoldPerturbedState(inner_state, perturbation_state, offset)
 

@@ -34,7 +34,7 @@ def absolute_diagonal(grad: Callable[[Any], Any], point: optax.Params, z: Any) -
 
     NaN where it is infinite: a step divided by it would be a quiet zero.
     """
-    _, product = jax.jvp(grad, (point,), (optax.tree.cast_like(z, point),))
+    _, product = jax.jvp(grad, (point,), (tree_math.cast_like(z, point),))
 
     def leaf(z: jax.Array, hz: jax.Array) -> jax.Array:
         size = jnp.abs(z * hz)
@@ -117,7 +117,7 @@ def scale_by_hutchinson(
         step = stable_step(debias(mu, b1, t), h, nonnegative_at(power, state.t), eps)
         # The stage may stand outside `apply_if_finite`: it must not keep what that will reject.
         new, is_finite = HutchinsonState(t, mu, nu, noise_state), jnp.isfinite(tree_math.norm(step))
-        return optax.tree.cast_like(step, updates), optax.tree.where(is_finite, new, state)
+        return tree_math.cast_like(step, updates), optax.tree.where(is_finite, new, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
