@@ -12,7 +12,7 @@ flatopt.measures        how flat is it? eigenvalues, sharpness, local energy, ba
 flatopt.curves          low-loss paths between solutions
 flatopt.landscape       the loss along lines and planes; flatopt.plots draws it (matplotlib)
 flatopt.samplers        batches whose noise is correlated in time
-flatopt.linen, .nnx     adapters for Flax, imported by name
+flatopt.linen, .nnx     adapters for Flax, imported by name; flatopt.equinox for Equinox
 """
 
 import importlib

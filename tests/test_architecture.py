@@ -62,7 +62,12 @@ INSIDE = {
 }
 # Modules beside the families look at `_core` alone; adapters for Flax at averages' statistics too.
 ADAPTERS = {"linen": {"_averaging.batch_stats"}, "nnx": {"_averaging.batch_stats"}}
-OPTIONAL = {"flax": {"linen", "nnx"}, "matplotlib": {"plots"}, "tqdm": {"progress"}}
+OPTIONAL = {
+    "equinox": {"equinox"},
+    "flax": {"linen", "nnx"},
+    "matplotlib": {"plots"},
+    "tqdm": {"progress"},
+}
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py")
 
 
@@ -230,7 +235,12 @@ def test_public_names_are_typed(name: str):
 
 @pytest.mark.parametrize(
     ("module", "package", "extra"),
-    [("plots", "matplotlib", "plots"), ("linen", "flax", "flax"), ("nnx", "flax", "flax")],
+    [
+        ("plots", "matplotlib", "plots"),
+        ("linen", "flax", "flax"),
+        ("nnx", "flax", "flax"),
+        ("equinox", "equinox", "equinox"),
+    ],
 )
 def test_a_missing_extra_is_named(module: str, package: str, extra: str):
     code = f"import sys; sys.modules['{package}'] = None; import flatopt.{module}"

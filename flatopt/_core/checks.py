@@ -104,8 +104,8 @@ def require_arrays(name: str, tree: Any) -> None:
         if not (hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)):
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} is {leaf!r:.80} and no array. Pass the arrays "
-                "alone: of an Equinox module, `params, static = eqx.partition(model, "
-                "eqx.is_inexact_array)`, with `eqx.combine(params, static)` inside the loss."
+                "alone: of an Equinox module `eqx.filter(model, eqx.is_inexact_array)`; "
+                "flatopt.equinox.make_grad_fn and flatopt.equinox.eval_params take it whole."
             )
 
 
