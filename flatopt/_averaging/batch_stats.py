@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from flatopt._core import batches as _batches
 from flatopt._core import checks, means, tree_math
@@ -54,7 +55,7 @@ def average_batch_stats(
     for batch, weight in others:
         total = total + weight
         traced = isinstance(total, jax.core.Tracer)  # And may be zero yet.
-        share = tree_math.ratio_or_zero(weight, total) if traced else weight / total
+        share = tree_math.ratio_or_zero(weight, jnp.asarray(total)) if traced else weight / total
         mean = means.towards(mean, batch, share)
     return jax.tree.map(lambda m, x: m.astype(x.dtype), mean, first)
 
