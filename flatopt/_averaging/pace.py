@@ -44,7 +44,7 @@ def pull(mean: Any, params: Any, nu: Any, strength: Any, eps: Any, *, clip: bool
         share = strength / (jnp.sqrt(nu.real) + eps)
         return (jnp.minimum(share, 1) if clip else share) * (mean - param)
 
-    return jax.tree.map(leaf, mean, params, nu)
+    return tree_math.on_inexact(leaf, tree_math.widened(mean, params), params, nu)
 
 
 @registry.method("optimizer")

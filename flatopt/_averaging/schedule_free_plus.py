@@ -45,13 +45,13 @@ class ScheduleFreePlusState(NamedTuple):
 def norm_1(grads: optax.Updates) -> jax.Array:
     """Sum of the absolute values, in float32 at least."""
     dtype = tree_math.scalar_dtype(grads)
-    sums = (jnp.sum(jnp.abs(g), dtype=dtype) for g in jax.tree.leaves(grads))
-    return sum(sums, jnp.zeros([], dtype))
+    leaves = filter(tree_math.is_inexact, jax.tree.leaves(grads))
+    return sum((jnp.sum(jnp.abs(g), dtype=dtype) for g in leaves), jnp.zeros([], dtype))
 
 
 def polyak_step(value: Any, grads: Any, x: Any, z: Any, *, beta: Any, norm: Any) -> jax.Array:
     r""":math:`\max(0, L(y) + \beta \, g \cdot (z - x)) \big/ \big(\sqrt{\pi/2} \, \|g\|_1\big)`."""
-    rise = beta * tree_math.vdot(grads, optax.tree.sub(z, x))
+    rise = beta * tree_math.vdot(grads, tree_math.add_scaled(z, -1, x))
     return tree_math.ratio_or_zero(jnp.maximum(value + rise, 0), math.sqrt(math.pi / 2) * norm)
 
 

@@ -112,10 +112,12 @@ def uniform_like(key: jax.Array, tree: Any) -> Any:
 
 
 def signs_like(key: jax.Array, tree: Any) -> Any:
-    """Independent draws of -1 or 1 in float32, one an entry."""
-    return jax.tree.map(
-        lambda u: jnp.where(u < 0.5, -1.0, 1.0).astype(u.dtype), uniform_like(key, tree)
-    )
+    """Draws of -1 or 1 in float32, one an entry; zeros for counters, flags, random keys."""
+
+    def leaf(x: Any, u: jax.Array) -> jax.Array:
+        return jnp.where(u < 0.5, -1.0, 1.0).astype(u.dtype) if tree_math.is_inexact(x) else u
+
+    return jax.tree.map(leaf, tree, uniform_like(key, tree))
 
 
 def _draw_like(key: jax.Array, tree: Any, sampler: Callable[..., jax.Array]) -> Any:

@@ -105,7 +105,7 @@ def couple_replicas(
         made = agreed(step, axes)
 
         def pulled(grads: optax.Updates) -> optax.Updates:
-            gamma = value_at(strength, state.step) * unit * (every or 1)
+            gamma = value_at(strength, state.step) * unit * float(when.every)
             return pull(grads, params, mean_over(params, axes), gamma)
 
         if automatic is None:

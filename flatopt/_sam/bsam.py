@@ -13,25 +13,23 @@ from flatopt._core.timing import nonnegative_at
 
 def draw(w: Any, s: Any, z: Any, n: float) -> Any:
     r"""A point of the posterior, :math:`w + z / \sqrt{N s}`."""
-    return jax.tree.map(lambda w, s, z: (w + z / jnp.sqrt(n * s)).astype(w.dtype), w, s, z)
+    return tree_math.on_inexact(lambda w, s, z: w + z / jnp.sqrt(n * s), w, s, z)
 
 
 def ascend(w: Any, s: Any, g: Any, rho: Any) -> Any:
     r""":math:`w + \rho \, g / s`: far where the posterior is wide."""
-    return jax.tree.map(lambda w, s, g: (w + rho * g / s).astype(w.dtype), w, s, g)
+    return tree_math.on_inexact(lambda w, s, g: w + rho * g / s, w, s, g)
 
 
 def follow(m: Any, g: Any, w: Any, b1: float, delta: float) -> Any:
     r""":math:`\beta_1 m + (1 - \beta_1) (g + \delta w)`."""
-    return jax.tree.map(
-        lambda m, g, w: (b1 * m + (1 - b1) * (g + delta * w)).astype(m.dtype), m, g, w
-    )
+    return tree_math.on_inexact(lambda m, g, w: b1 * m + (1 - b1) * (g + delta * w), m, g, w)
 
 
 def sharpen(s: Any, g: Any, b2: float, floor: float) -> Any:
     r""":math:`\beta_2 s + (1 - \beta_2) (\sqrt{s} \, |g| + \delta + \gamma)`."""
-    return jax.tree.map(
-        lambda s, g: (b2 * s + (1 - b2) * (jnp.sqrt(s) * jnp.abs(g) + floor)).astype(s.dtype), s, g
+    return tree_math.on_inexact(
+        lambda s, g: b2 * s + (1 - b2) * (jnp.sqrt(s) * jnp.abs(g) + floor), s, g
     )
 
 
@@ -111,7 +109,8 @@ def bsam(
         radius = nonnegative_at(rho, state.step)
         perturbed = gradient(ascend(params, s, clean, radius), 1)
         m = follow(state.momentum, perturbed, params, b1, weight_decay)
-        moves = jax.tree.map(lambda m, s, u: (m / s).astype(u.dtype), m, s, updates)
+        wide = tree_math.widened(updates, params)
+        moves = tree_math.on_inexact(lambda _, m, s: m / s, wide, m, s)
         s = sharpen(s, clean, b2, weight_decay + damping)
         return moves, BsamState(optax.safe_increment(state.step), left, m, s)
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from flatopt._core import checks, means, registry, rng, tree_math
@@ -34,13 +35,13 @@ def absolute_diagonal(grad: Callable[[Any], Any], point: optax.Params, z: Any) -
 
     NaN where it is infinite: a step divided by it would be a quiet zero.
     """
-    _, product = jax.jvp(grad, (point,), (tree_math.cast_like(z, point),))
+    _, product = jax.jvp(grad, (point,), (jax.tree.map(_tangent, z, point),))
 
     def leaf(z: jax.Array, hz: jax.Array) -> jax.Array:
         size = jnp.abs(z * hz)
         return jnp.where(jnp.isinf(size), jnp.nan, size)
 
-    return jax.tree.map(leaf, z, product)
+    return tree_math.on_inexact(leaf, z, product)
 
 
 def debias(mean: optax.Updates, decay: Any, t: jax.Array) -> optax.Updates:
@@ -50,7 +51,7 @@ def debias(mean: optax.Updates, decay: Any, t: jax.Array) -> optax.Updates:
 
 def stable_step(mu: Any, nu: Any, power: Any, eps: Any) -> optax.Updates:
     r"""The gradient over the curvature, :math:`\hat m / (\hat h^p + \epsilon)`."""
-    return jax.tree.map(lambda m, h: m / (h.real**power + eps), mu, nu)
+    return tree_math.on_inexact(lambda m, h: m / (h.real**power + eps), mu, nu)
 
 
 @registry.method("stage", needs=("grad_fn",))
@@ -177,6 +178,13 @@ def sassha(
         return scaler
     ascent = scale_to_norm(rho) if perturbation is None else perturbation
     return gradient_at(checks.as_transformation("perturbation", ascent), combiner=scaler)
+
+
+def _tangent(z: Any, w: Any) -> Any:
+    """A probe as JAX asks for it: of what no gradient moves there is no derivative."""
+    if tree_math.is_inexact(w):
+        return tree_math.as_dtype_of(z, w)
+    return np.zeros(jnp.shape(w), jax.dtypes.float0)
 
 
 def _signs(key: rng.KeyLike) -> optax.GradientTransformation:

@@ -32,7 +32,7 @@ def slerp(v0: Any, v1: Any, theta: Any, alpha: Any) -> Any:
     is_arc = ~(sine < SMALLEST_SINE)  # True for NaN, which is to show.
     first = jnp.where(is_arc, jnp.sin((1 - alpha) * theta) / sine, 0.5)
     second = jnp.where(is_arc, jnp.sin(alpha * theta) / sine, 0.5)
-    return jax.tree.map(lambda x, y: (first * x + second * y).astype(y.dtype), v0, v1)
+    return tree_math.on_inexact(lambda y, x: first * x + second * y, v1, v0)
 
 
 def highest(
@@ -113,7 +113,7 @@ def follow_arc(
                 "`flatopt.gradient_at(perturbation, combiner=flatopt.follow_arc(...))`."
             )
         step = state.step if step is None else step
-        ascent = optax.tree.sub(perturbed_params, params)
+        ascent = tree_math.add_scaled(perturbed_params, -1, params)
         v0, v1 = climb_to_norm(ascent, 1), climb_to_norm(updates, 1)
         theta = angle(v0, v1)
 

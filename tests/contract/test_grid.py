@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import flatopt
+from flatopt._core import tree_math
 from tests import cases
 from tests.cases import Case
 
@@ -22,6 +23,8 @@ COUNTERPARTS = {
     "langevin": lambda: optax.sgd(0.05),
     "gadam": lambda: optax.adamw(0.05),
     "gadamx": lambda: optax.adamw(0.05),
+    "pace": lambda: optax.adamw(0.05),
+    "schedule_free_plus": lambda: optax.adam(0.05),
 }
 STILL = {
     "count": jnp.array([3, 200, 7]),
@@ -43,10 +46,11 @@ def _dtypes(tree: Any) -> list[Any]:
 def _step(tx: Any, gradient: Any) -> Any:
     tx = optax.with_extra_args_support(tx)
 
+    grad_fn = cases.GradientByHand(lambda p, i: gradient(p), tree_math.norm)
+
     def step(params: Any, state: Any) -> Any:
-        updates, state = tx.update(
-            gradient(params), state, params, grad_fn=lambda p, i: gradient(p)
-        )
+        extra = {"grad_fn": grad_fn, "value": grad_fn.value(params)}
+        updates, state = tx.update(gradient(params), state, params, **extra)
         return optax.apply_updates(params, updates), state, updates
 
     return step
@@ -99,7 +103,7 @@ def _loud(case: Case) -> Any:
     kwargs = {name: LOUD[name] for name in case.kwargs if name in LOUD and case.kwargs[name]}
     if "perturbation" in case.kwargs:
         kwargs["perturbation"] = flatopt.scale_to_norm(10.0)
-    if case.factory in ("gadam", "gadamx"):
+    if case.factory in ("gadam", "gadamx", "pace"):
         kwargs["weight_decay"] = 0.0
     return case.build_on(lambda: optax.sgd(0.05, momentum=0.9), 0.05, **kwargs)
 
@@ -171,8 +175,10 @@ def test_averages_keep_random_keys(case: Case):
     """Plain optax trains no key; an average of any collection holds them."""
     stage = getattr(flatopt, case.factory)(**case.kwargs)
     params = {"w": jnp.ones(2), "key": jax.random.key(0)}
-    updates, state = {"w": jnp.ones(2), "key": None}, stage.init(params)
-    for _ in range(4):
+    updates = {"w": jnp.ones(2), "key": None}
+    # Begun where the updates lead: the mean of `bema` goes on along the way from there.
+    state = stage.init(params | {"w": jnp.full(2, 2.0)})
+    for _ in range(6):
         _, state = stage.update(updates, state, params)
     if case.factory == "snapshots":
         models, number = flatopt.snapshot_params(state)

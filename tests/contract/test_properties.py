@@ -227,7 +227,9 @@ def test_what_begins_beyond_all_counters_never_acts(case: Case, big: int):
     for name in ("start", "every"):
         if not _takes(case, name):
             continue
-        tx = case.build(**{name: big})
+        # A period is a multiple of `every`.
+        period = {"period": big} if case.factory == "periodic_swa" else {}
+        tx = case.build(**{name: big}, **period)
         params = {"w": jnp.ones((2, 3))}
         gradient = jnp.nan if case.kind == "stage" and case.factory != "local_entropy" else 1.0
         for step in (1, LAST - 1, LAST):
