@@ -93,7 +93,7 @@ def bema(
         checks.check_number(name, value, low=0.0, schedule_allowed=False)
     checks.check_number("min_share", min_share, low=0.0, high=1.0, schedule_allowed=False)
     when = Every.after_update(start, every)
-    begin = when.begin
+    begin = max(when.begin, 0)
     if begin > 0:  # It looks at the weights once more, to begin with them.
         when = Every(begin, when.every, always=False)
 
@@ -111,6 +111,7 @@ def bema(
         initial = optax.tree.where(begins, own, state.initial)
         ema = means.towards(state.ema, params, beta)
         mean = correct(ema, params, initial, alpha)
-        return BemaState(state.step, state.number + (t > begin), initial, ema, mean)
+        number = jnp.where(t > begin, optax.safe_increment(state.number), state.number)
+        return BemaState(state.step, number, initial, ema, mean)
 
     return stage.observer("bema", init_fn, collect, when)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._core import checks, means, registry, tree_math
-from flatopt._core.timing import nonnegative_at, value_at
+from flatopt._core.timing import Every, nonnegative_at, value_at
 
 SMALLEST_RATE = 1e-8  # Of the largest step so far, so that the first models have a weight.
 
@@ -61,13 +61,12 @@ def descend(z: Any, y: Any, direction: Any, rate: Any, decay: Any) -> Any:
 
 
 def weigh(
-    state: ScheduleFreePlusState, rate: jax.Array, t: jax.Array, *, r: float, p: float, start: int
+    state: ScheduleFreePlusState, rate: jax.Array, t: jax.Array, begun: Any, *, r: float, p: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The largest step, the total weight, and the share of model t: 1 until `start`."""
+    """The largest step, the total weight, and the share of model t: 1 until it has `begun`."""
     largest = jnp.maximum(rate, state.max_rate)
     weight = t.astype(largest.dtype) ** r * largest**p
     total = state.total_weight + weight
-    begun = t >= start
     share = jnp.where(begun, tree_math.ratio_or_zero(weight, total), 1)
     return largest, jnp.where(begun, total, state.total_weight), share
 
@@ -117,7 +116,7 @@ def schedule_free_plus(
     Cost: 0 extra gradients; 4 copies, Adam's two among them.
     """
     _check(learning_rate, beta, weight_decay, r=r, p=p, norm_decay=norm_decay)
-    checks.check_count("start", start, 0)
+    when = Every.after_update(start, None)
     if direction is None:
         direction = optax.scale_by_adam(b1=0.9, b2=0.95)
     direction = checks.as_transformation("direction", direction)
@@ -134,7 +133,7 @@ def schedule_free_plus(
         rate *= nonnegative_at(learning_rate, state.step)
         d, inner_state = direction.update(updates, state.inner_state, params, **extra_args)
         z = descend(state.z, params, d, rate, value_at(weight_decay, state.step))
-        largest, total, share = weigh(state, rate, step, r=r, p=p, start=start or 1)
+        largest, total, share = weigh(state, rate, step, when.is_due(step), r=r, p=p)
         x = means.towards(state.x, z, share)
         moves = means.moves(between(x, z, b), params, updates)
         new = (step, x, z, inner_state, norm_mean, rate, largest, total)

@@ -86,10 +86,7 @@ def alternate(
         return AlternateState(step, perturbed, clean, *states)
 
     def update_fn(
-        updates: optax.Updates,
-        state: AlternateState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: Any, state: AlternateState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, AlternateState]:
         checks.require_params("alternate", params)
 
@@ -98,19 +95,19 @@ def alternate(
             grads = tree_math.cast_like(moves, updates)
             kwargs = extra_args | {"step": state.step}
             moves, ascent = perturbation.update(grads, state.perturbation_state, params, **kwargs)
-            state = state._replace(clean=params, perturbation_state=ascent)
-            return moves, state._replace(perturbed=jnp.array(True))
+            return moves, state._replace(clean=params, perturbation_state=ascent)
 
         def come_back(carry: tuple[optax.Updates, AlternateState]) -> Any:
             wide, state = carry
             grads = tree_math.cast_like(wide, updates)
             moves, inner = optimizer.update(grads, state.inner_state, state.clean, **extra_args)
             target = optax.apply_updates(state.clean, moves)
-            state = state._replace(step=optax.safe_increment(state.step), inner_state=inner)
-            return way_to(target, params, wide), state._replace(perturbed=jnp.array(False))
+            step = optax.safe_increment(state.step)
+            return way_to(target, params, wide), state._replace(step=step, inner_state=inner)
 
         wide = tree_math.widened(updates, params)
         carry = tree_math.apply_if(state.perturbed, come_back, (wide, state))
-        return tree_math.apply_if(~state.perturbed, leave, carry)
+        moves, new = tree_math.apply_if(~state.perturbed, leave, carry)
+        return moves, new._replace(perturbed=~state.perturbed)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

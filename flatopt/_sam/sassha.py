@@ -114,7 +114,7 @@ def scale_by_hutchinson(
         t = optax.safe_increment(state.t)
         mu = means.towards(state.mu, updates, 1 - b1)
         nu, noise_state = when.run(state.t, renew, (state.nu, state.noise_state))
-        h = debias(nu, b2, 1 + state.t - state.t % when.every)  # By the time of the latest one.
+        h = debias(nu, b2, optax.safe_increment(when.latest(state.t)))
         step = stable_step(debias(mu, b1, t), h, nonnegative_at(power, state.t), eps)
         # The stage may stand outside `apply_if_finite`: it must not keep what that will reject.
         new, is_finite = HutchinsonState(t, mu, nu, noise_state), jnp.isfinite(tree_math.norm(step))
@@ -194,7 +194,7 @@ def _signs(key: rng.KeyLike) -> optax.GradientTransformation:
     def update_fn(updates: Any, state: jax.Array, params: Any = None) -> tuple[Any, jax.Array]:
         del params
         state, use = stream.split(state)
-        return rng.signs_like(use, updates), state
+        return tree_math.cast_like(rng.signs_like(use, updates), updates), state
 
     return optax.GradientTransformation(lambda _: stream.init(), update_fn)
 

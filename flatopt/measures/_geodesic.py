@@ -60,12 +60,7 @@ def geodesic(
                 "units names one leaf as incoming of two sets: it turns on one sphere only."
             )
         inside |= {path for path, _ in group.incoming}
-        first_weight, second_weight = _arc(
-            _sum(group.incoming, ours, ours),
-            _sum(group.incoming, theirs, theirs),
-            _sum(group.incoming, ours, theirs),
-            t,
-        )
+        first_weight, second_weight = _weights(group.incoming, ours, theirs, t)
         for path, axis in group.incoming:
             a, b = ours[path], theirs[path]
             first = _symmetry.along(first_weight, a, axis)
@@ -74,9 +69,7 @@ def geodesic(
     rest = [path for path in ours if path not in inside]
     if rest:
         slots = tuple((path, None) for path in rest)
-        first_weight, second_weight = _arc(
-            _sum(slots, ours, ours), _sum(slots, theirs, theirs), _sum(slots, ours, theirs), t
-        )
+        first_weight, second_weight = _weights(slots, ours, theirs, t)
         if normalise_output:
             length = (1 - t) * jnp.sqrt(_sum(slots, ours, ours))
             length = length + t * jnp.sqrt(_sum(slots, theirs, theirs))
@@ -95,6 +88,14 @@ def _sum(slots: Sequence[tuple[str, int | None]], x: Any, y: Any) -> jax.Array:
         for p, axis in slots
     ]
     return jnp.sum(jnp.stack(terms), axis=0)
+
+
+def _weights(
+    slots: Sequence[tuple[str, int | None]], ours: Any, theirs: Any, t: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The weights at t of the vectors in the `slots`, one for each index of the axis."""
+    products = _sum(slots, ours, ours), _sum(slots, theirs, theirs), _sum(slots, ours, theirs)
+    return _arc(*products, t)
 
 
 def _arc(

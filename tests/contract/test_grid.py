@@ -128,7 +128,7 @@ def test_trees_with_integers_and_flags_keep_their_types(case: Case):
     base = lambda: optax.sgd(0.05, momentum=0.9, accumulator_dtype=jnp.float32)  # noqa: E731
     params = {"w": jnp.ones((2, 3)), **STILL}
     (_, state, _), *found = _follow(case.build_on(base, 0.05), _still_gradient, params)
-    if case.factory in ("gadam", "gadamx", "msam_sgd"):  # optax's own momentum inside.
+    if case.factory in ("gadam", "gadamx", "pace", "msam_sgd"):  # optax's own momentum inside.
         state = found[0][1]
     for after, later, updates in found:
         assert _describe(after) == _describe(params)
