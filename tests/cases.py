@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def sgd() -> optax.GradientTransformation:
     return optax.sgd(LEARNING_RATE, momentum=0.9)
 
 
-Optimizer = optax.GradientTransformationExtraArgs
+Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 def complete(
@@ -376,7 +376,8 @@ def run(
 
 def assert_equal(actual: Any, expected: Any) -> None:
     """Equal structure, dtypes and bits (the sign of zero aside)."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (actual, expected)]
+    assert structures[0] == structures[1]
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert jnp.result_type(a) == jnp.result_type(e)
         np.testing.assert_array_equal(_numpy(a), _numpy(e))
@@ -384,7 +385,8 @@ def assert_equal(actual: Any, expected: Any) -> None:
 
 def assert_close(actual: Any, expected: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:
     """Equal structure and close values."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (actual, expected)]
+    assert structures[0] == structures[1]
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(_numpy(a), _numpy(e), rtol=rtol, atol=atol)
 
