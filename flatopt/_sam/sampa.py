@@ -109,7 +109,8 @@ def sampa(
 
     def init_fn(params: optax.Params) -> SampaState:
         gradient, step = optax.tree.zeros_like(params), jnp.zeros([], jnp.int32)
-        return SampaState(step, optimizer.init(params), gradient, in_use(given, values_at(step), step))
+        told = in_use(given, values_at(step), step)
+        return SampaState(step, optimizer.init(params), gradient, told)
 
     def update_fn(
         updates: optax.Updates,
