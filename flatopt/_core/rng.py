@@ -6,6 +6,7 @@ Keys of other generators than Threefry draw with theirs, into memory.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,9 @@ Words = tuple[jax.Array, jax.Array]  # Two uint32 arrays.
 ROUNDS = 13
 ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 PARITY = 0x1BD11BDA
+# Leaves of at most so many entries are drawn for at once, in rows: compile_time_leaves,
+# local_entropy L=5.
+JOINED_SIZE, ROW_SIZE = 2**16, 2**18
 # Least squares on Chebyshev points: log(1 + t) / t between sqrt(1/2) - 1 and sqrt(2) - 1, to 2e-7
 # in the logarithm, and sin(pi s / 2) / s in powers of s^2 for |s| <= 1, to 6e-7 in the sine. Those
 # of XLA are a call an entry on a CPU.
@@ -178,41 +182,69 @@ def uniform_like(key: jax.Array, tree: Any) -> Any:
 def _draw_like(key: jax.Array, tree: Any, transform: Callable[[Words], jax.Array]) -> Any:
     """Independent draws, one an entry of `tree`, each lying where its leaf lies."""
     leaves, structure = jax.tree.flatten(tree)
-    groups = tree_math.groups(leaves)
-    drawn: dict[int, jax.Array] = {}
-    for number, group in enumerate(groups):
-        chosen = [leaves[i] for i in group]
-        if len(group) == 1:
-            like = jax.typeof(chosen[0])
-            drawn[group[0]] = transform(_words(key, number, len(groups), like.shape, like.sharding))
-            continue
-        shape = (sum(leaf.size for leaf in chosen),)
-        # In memory before it is cut: else each leaf's pass would hold the generator once more.
-        joined = jax.lax.optimization_barrier(
-            transform(_words(key, number, len(groups), shape, None))
-        )
-        drawn |= zip(group, tree_math.split(joined, chosen), strict=True)
-    return jax.tree.unflatten(structure, [drawn[i] for i in range(len(leaves))])
+    small = [leaf for leaf in leaves if leaf.size <= JOINED_SIZE]
+    joined = iter(())
+    if small:
+        row = functools.partial(_words, key, 0)
+        joined = iter(tree_math.split(_in_rows(row, transform, sum(x.size for x in small)), small))
+    numbers = itertools.count(1)
+
+    def leaf(x: jax.Array) -> jax.Array:
+        if x.size <= JOINED_SIZE:
+            return next(joined)
+        kind = jax.typeof(x)
+        return transform(_words(key, next(numbers), kind.shape, sharding=kind.sharding))
+
+    return jax.tree.unflatten(structure, [leaf(x) for x in leaves])
 
 
-def _words(key: jax.Array, number: int, of: int, shape: tuple[int, ...], sharding: Any) -> Words:
-    """Two random words for each entry of the array `number` of so many."""
+def _in_rows(words: Callable[..., Words], transform: Callable[..., Any], size: int) -> jax.Array:
+    """So many draws, in memory: a loop of two turns at least holds the generator but once.
+
+    Fused with its use, it would be compiled as often as there are leaves.
+    """
+    turns = max(2, -(-size // ROW_SIZE))
+    width = -(-size // turns)
+    rows = jax.lax.map(
+        lambda i: transform(words((width,), row=i)), jnp.arange(turns, dtype=jnp.uint32)
+    )
+    return rows.ravel()[:size]
+
+
+def _words(
+    key: jax.Array, number: int, shape: tuple[int, ...], row: Any = None, sharding: Any = None
+) -> Words:
+    """Two random words for each entry of array `number`, or of one of its rows."""
     if str(jax.random.key_impl(key)) == "threefry2x32":
-        low, high = _counter(shape, sharding)
-        return threefry2x32(jax.random.key_data(key), (low, high * of + number))
-    keys = jax.random.split(jax.random.fold_in(key, number))
+        data, (low, high) = _counter(jax.random.key_data(key), shape, sharding)
+        if row is not None:
+            low = low + row * jnp.uint32(shape[0])
+        return threefry2x32(data, (low, (high << 16) + jnp.uint32(number)))
+    key = jax.random.fold_in(key, number)
+    keys = jax.random.split(key if row is None else jax.random.fold_in(key, row))
     bits = functools.partial(jax.random.bits, shape=shape, out_sharding=sharding)
     return bits(keys[0]), bits(keys[1])
 
 
-def _counter(shape: tuple[int, ...], sharding: Any) -> Words:
-    """The places of the entries of an array, in row-major order, as low and high words."""
-    words = [jnp.zeros([], jnp.uint32), jnp.zeros([], jnp.uint32)]
-    stride, word = 1, 0
-    for axis in reversed(range(len(shape))):
-        if word == 0 and stride * shape[axis] > 2**32:
-            stride, word = 1, 1
+def _counter(data: jax.Array, shape: tuple[int, ...], sharding: Any) -> tuple[jax.Array, Words]:
+    """The key data, and the place of each entry, in row-major order, as low and high words."""
+    words = [jnp.zeros([], jnp.uint32)] * 2
+    strides = _strides(shape)
+    # Tied to the key, since else XLA moves the places out of a loop, and each turn reads them.
+    data, *factors = jax.lax.optimization_barrier((data, *(jnp.uint32(s) for _, s in strides)))
+    for axis, ((word, _), factor) in enumerate(zip(strides, factors, strict=True)):
         places = jax.lax.broadcasted_iota(jnp.uint32, shape, axis, out_sharding=sharding)
-        words[word] = words[word] + places * jnp.uint32(stride)
-        stride *= shape[axis]
-    return words[0], words[1]
+        words[word] = words[word] + places * factor
+    return data, (words[0], words[1])
+
+
+def _strides(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """For each axis the word that counts it, 0 or 1, and how far apart its entries are there."""
+    strides: list[tuple[int, int]] = []
+    word, stride = 0, 1
+    for length in reversed(shape):
+        if word == 0 and stride * length > 2**32:
+            word, stride = 1, 1
+        strides.insert(0, (word, stride))
+        stride *= length
+    return strides

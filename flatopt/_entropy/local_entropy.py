@@ -12,6 +12,11 @@ from flatopt._core.timing import value_at
 from flatopt._entropy.langevin import thermal_noise
 
 
+def decayed(g: Any, y: Any, decay: Any) -> Any:
+    r"""The gradient with that of the L2 penalty, :math:`g + \lambda y`; one pass less without."""
+    return g if checks.is_number(decay, 0) else g + decay * y
+
+
 class Numbers(NamedTuple):
     """The hyperparameters of a step: as given, or their values in one update.
 
@@ -41,14 +46,14 @@ InnerStep = Callable[[Any, Any, Any, Any, Any, Numbers], tuple[Any, Any]]
 
 def langevin_step(y: Any, v: Any, g: Any, w: Any, xi: Any, now: Numbers) -> tuple[Any, Any]:
     r""":math:`y - \eta \, [g + \lambda y + \gamma (y - w)] + \xi`, without momentum."""
-    return y - now.eta * (g + now.decay * y + now.gamma * (y - w)) + xi, v
+    return y - now.eta * (decayed(g, y, now.decay) + now.gamma * (y - w)) + xi, v
 
 
 def momentum_step(
     y: Any, v: Any, g: Any, w: Any, xi: Any, now: Numbers, damp: Any = 0.0
 ) -> tuple[Any, Any]:
     """Nesterov's momentum (damped as PyTorch's) filters gradient and decay alone."""
-    d = -now.eta * (g + now.decay * y)
+    d = -now.eta * decayed(g, y, now.decay)
     v = now.beta * v + (1 - damp) * d
     return y + d + now.beta * v - now.eta * now.gamma * (y - w) + xi, v
 
