@@ -186,7 +186,8 @@ def _draw_like(key: jax.Array, tree: Any, transform: Callable[[Words], jax.Array
     joined = iter(())
     if small:
         row = functools.partial(_words, key, 0)
-        joined = iter(tree_math.split(_in_rows(row, transform, sum(x.size for x in small)), small))
+        drawn = _in_rows(row, transform, sum(x.size for x in small))
+        joined = iter(_cut(drawn, small, jax.random.key_data(key)))
     numbers = itertools.count(1)
 
     def leaf(x: jax.Array) -> jax.Array:
@@ -209,6 +210,25 @@ def _in_rows(words: Callable[..., Words], transform: Callable[..., Any], size: i
         lambda i: transform(words((width,), row=i)), jnp.arange(turns, dtype=jnp.uint32)
     )
     return rows.ravel()[:size]
+
+
+def _cut(drawn: jax.Array, leaves: list[jax.Array], data: jax.Array) -> list[jax.Array]:
+    """One dimension cut into arrays of the shapes of `leaves`, each lying where its leaf lies."""
+    ends = list(itertools.accumulate(x.size for x in leaves))
+    begins = [np.int32(end - x.size) for end, x in zip(ends, leaves, strict=True)]
+    # Places that XLA does not know: it compiles one kernel for all leaves of a shape, else one for
+    # each. (The condition always holds.)
+    begins = jax.lax.cond(
+        jax.lax.bitcast_convert_type(data[0] >> 1, jnp.int32) >= 0,
+        lambda: begins,
+        lambda: [np.int32(0)] * len(begins),
+    )
+    parts = [
+        jax.lax.dynamic_slice(drawn, (begin,), (x.size,)).reshape(x.shape)
+        for begin, x in zip(begins, leaves, strict=True)
+    ]
+    # A sum lies where its terms do, and the zeros lie where the leaf does.
+    return [jnp.zeros_like(x, part.dtype) + part for x, part in zip(leaves, parts, strict=True)]
 
 
 def _words(
