@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flatopt._core import tree_math
-
 KeyLike = Any  # An int seed, a typed key, or raw uint32 key data.
 Words = tuple[jax.Array, jax.Array]  # Two uint32 arrays.
 
@@ -215,20 +213,22 @@ def _in_rows(words: Callable[..., Words], transform: Callable[..., Any], size: i
 def _cut(drawn: jax.Array, leaves: list[jax.Array], data: jax.Array) -> list[jax.Array]:
     """One dimension cut into arrays of the shapes of `leaves`, each lying where its leaf lies."""
     ends = list(itertools.accumulate(x.size for x in leaves))
-    begins = [np.int32(end - x.size) for end, x in zip(ends, leaves, strict=True)]
+    begins = [np.uint32(end - x.size) for end, x in zip(ends, leaves, strict=True)]
     # Places that XLA does not know: it compiles one kernel for all leaves of a shape, else one for
     # each. (The condition always holds.)
     begins = jax.lax.cond(
         jax.lax.bitcast_convert_type(data[0] >> 1, jnp.int32) >= 0,
         lambda: begins,
-        lambda: [np.int32(0)] * len(begins),
+        lambda: [np.uint32(0)] * len(begins),
     )
-    parts = [
-        jax.lax.dynamic_slice(drawn, (begin,), (x.size,)).reshape(x.shape)
-        for begin, x in zip(begins, leaves, strict=True)
-    ]
-    # A sum lies where its terms do, and the zeros lie where the leaf does.
-    return [jnp.zeros_like(x, part.dtype) + part for x, part in zip(leaves, parts, strict=True)]
+
+    @jax.jit  # Traced once for all leaves of a shape.
+    def part(begin: jax.Array, x: jax.Array) -> jax.Array:
+        own = jax.lax.dynamic_slice(drawn, (begin,), (x.size,)).reshape(x.shape)
+        # A sum lies where its terms do, and the zeros lie where the leaf does.
+        return jnp.zeros_like(x, own.dtype) + own
+
+    return [part(begin, x) for begin, x in zip(begins, leaves, strict=True)]
 
 
 def _words(

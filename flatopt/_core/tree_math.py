@@ -109,6 +109,11 @@ def ratio_or_zero(numerator: Any, denominator: jax.Array) -> jax.Array:
     return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), 0)
 
 
+def map_by_shape(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """`jax.tree.map`, with `function` traced and lowered once for all leaves of a shape."""
+    return jax.tree.map(jax.jit(function), tree, *others)
+
+
 def scale(scalar: Any, tree: Any) -> Any:
     """`scalar * tree`, each leaf in its own dtype."""
     return jax.tree.map(lambda x: (scalar * x).astype(x.dtype), tree)

@@ -59,8 +59,8 @@ def momentum_step(
 
 
 def follow(mean: Any, y: Any, past: Any) -> Any:
-    r""":math:`a \mu + (1 - a) y`, over a tree."""
-    return jax.tree.map(lambda m, y: (past * m + (1 - past) * y).astype(m.dtype), mean, y)
+    r""":math:`a \mu + (1 - a) y`."""
+    return (past * mean + (1 - past) * y).astype(mean.dtype)
 
 
 def unit_of_gamma(value: Any, away: optax.Updates) -> jax.Array:
@@ -191,8 +191,7 @@ def _explore(
     def descend(number: Any, grads: optax.Updates, carry: Any) -> Any:
         y, mu, v, noise_state = carry
         xi, noise_state = loop.draw.update(still, noise_state, y, **extra_args, inner_step=number)
-        y, v = _step_tree(loop.step, y, v, grads, params, xi, now)
-        return y, follow(mu, y, now.past), v, noise_state
+        return *_advance(loop.step, y, mu, v, grads, params, xi, now), noise_state
 
     carry = (start, start, _no_momentum_yet(loop.step, start), noise_state)
     if loop.first:
@@ -205,7 +204,7 @@ def _explore(
             return descend(number, grads, carry)
 
         carry = jax.lax.fori_loop(loop.first, loop.num_steps, body, carry)
-    return optax.tree.sub(start, carry[1]), carry[3]
+    return tree_math.map_by_shape(jnp.subtract, start, carry[1]), carry[3]
 
 
 def _check_ranges(numbers: Numbers) -> None:
@@ -234,20 +233,27 @@ def _noise(noise: Any, learning_rate: Any, key: rng.KeyLike) -> Any:
 
 
 def _no_momentum_yet(step: InnerStep, start: optax.Params) -> optax.Params:
-    """Zeros like the weights, or one number a leaf where the step keeps no momentum."""
+    """Zeros like the weights, or one number where the step keeps no momentum."""
     if step is langevin_step:
-        return jax.tree.map(lambda w: jnp.zeros([], w.dtype), start)
+        return jnp.zeros([])
     return optax.tree.zeros_like(start)
 
 
-def _step_tree(step: InnerStep, y: Any, v: Any, g: Any, w: Any, xi: Any, now: Numbers) -> Any:
-    """The new y and v, leaf by leaf, in their dtypes."""
+def _advance(
+    step: InnerStep, y: Any, mu: Any, v: Any, g: Any, w: Any, xi: Any, now: Numbers
+) -> tuple[Any, Any, Any]:
+    """The new point, mean and momentum, leaf by leaf, in their dtypes."""
 
-    def leaf(y: Any, v: Any, g: Any, w: Any, xi: Any) -> tuple[jax.Array, jax.Array]:
+    @jax.jit  # Traced once for all leaves of a shape.
+    def leaf(y: Any, mu: Any, v: Any, g: Any, w: Any, xi: Any) -> tuple[Any, Any, Any]:
         new_y, new_v = step(y, v, g, w, xi, now)
-        return new_y.astype(y.dtype), new_v.astype(v.dtype)
+        new_y = new_y.astype(y.dtype)
+        return new_y, follow(mu, new_y, now.past), new_v.astype(v.dtype)
 
-    trees = map(jax.tree.leaves, (y, v, g, w, xi))
-    pairs = [leaf(*leaves) for leaves in zip(*trees, strict=True)]
-    structure = jax.tree.structure(y)
-    return tuple(jax.tree.unflatten(structure, [pair[i] for pair in pairs]) for i in (0, 1))
+    ys, structure = jax.tree.flatten(y)
+    # A step without momentum has one number for all leaves: XLA takes long over wide loops.
+    vs = jax.tree.leaves(v) if step is not langevin_step else len(ys) * [v]
+    rest = map(jax.tree.leaves, (mu, g, w, xi))
+    triples = [leaf(y, mu, v, g, w, xi) for y, v, mu, g, w, xi in zip(ys, vs, *rest, strict=True)]
+    y, mu, new_v = (jax.tree.unflatten(structure, [x[i] for x in triples]) for i in range(3))
+    return y, mu, v if step is langevin_step else new_v
