@@ -8,7 +8,7 @@ Keys of other generators than Threefry draw with theirs, into memory.
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,9 +18,8 @@ import numpy as np
 KeyLike = Any  # An int seed, a typed key, or raw uint32 key data.
 Words = tuple[jax.Array, jax.Array]  # Two uint32 arrays.
 
-# Threefry-2x32 (Salmon, Moraes, Dror, Shaw, SC 2011) with the fewest rounds that its authors found
-# to pass all of BigCrush. Unrolled: `jax.random.bits` loops over its 20 rounds on a CPU, with a
-# pass over memory for each four.
+# Threefry-2x32 (Salmon, Moraes, Dror, Shaw, SC 2011) in its form of 13 rounds. Unrolled:
+# `jax.random.bits` loops over its 20 rounds on a CPU, with a pass over memory for each four.
 ROUNDS = 13
 ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 PARITY = 0x1BD11BDA
@@ -181,7 +180,7 @@ def _draw_like(key: jax.Array, tree: Any, transform: Callable[[Words], jax.Array
     """Independent draws, one an entry of `tree`, each lying where its leaf lies."""
     leaves, structure = jax.tree.flatten(tree)
     small = [leaf for leaf in leaves if leaf.size <= JOINED_SIZE]
-    joined = iter(())
+    joined: Iterator[jax.Array] = iter(())
     if small:
         row = functools.partial(_words, key, 0)
         drawn = _in_rows(row, transform, sum(x.size for x in small))
