@@ -91,7 +91,7 @@ def langevin(
       >>> tx, w = flatopt.langevin(0.02, temperature=0.5), jnp.zeros(100_000)
       >>> updates, _ = tx.update(w, tx.init(w), w)
       >>> print(f"{jnp.var(updates):.4f}")  # 2 * 0.02 * 0.5
-      0.0201
+      0.0199
 
     References:
       Welling, Teh. Bayesian Learning via Stochastic Gradient Langevin Dynamics. ICML 2011.
