@@ -64,8 +64,8 @@ def with_flatopt(tx: Optimizer, loss_fn: LossFn) -> Step:
     def step(carry: Carry, batch: Any) -> Carry:
         params, opt_state = carry
         grad_fn = flatopt.make_grad_fn(loss_fn, *batch)
-        _, grads = grad_fn.value_and_grad(params)
-        updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
+        loss, grads = grad_fn.value_and_grad(params)
+        updates, opt_state = tx.update(grads, opt_state, params, value=loss, grad_fn=grad_fn)
         return optax.apply_updates(params, updates), opt_state
 
     return step

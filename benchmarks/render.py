@@ -15,6 +15,8 @@ import numpy as np
 
 from benchmarks import (
     accelerators,
+    anneal,
+    averages,
     compile_time,
     draw,
     local_entropy,
@@ -182,6 +184,8 @@ def _perceptron(results: dict[str, Any]) -> list[str]:
 
 _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "accelerators": accelerators.lines,
+    "anneal": anneal.lines,
+    "averages": averages.lines,
     "batch_norm_compare": _batch_norm,
     "compare": _compare,
     "compile_time": compile_time.lines,

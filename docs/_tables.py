@@ -29,10 +29,14 @@ FAMILIES = {
     "monitoring": "Watching a run",
 }
 PAGES = {"core": "concepts", "monitoring": "measures"}
-MODULES = ["measures", "curves", "landscape", "plots", "linen", "nnx", "samplers"]
-MODULE_PAGES = {"landscape": "curves", "plots": "curves", "linen": "loops", "nnx": "loops"} | {
-    "samplers": "replicas"
-}
+MODULES = ["measures", "curves", "landscape", "plots", "linen", "nnx", "equinox", "samplers"]
+MODULE_PAGES = {
+    "landscape": "curves",
+    "plots": "curves",
+    "linen": "loops",
+    "nnx": "loops",
+    "equinox": "loops",
+} | {"samplers": "replicas"}
 PIECES = {"perturbation", "direction", "combiner"}
 _MARK = re.compile(r"<!-- (methods|pieces|reference|names)(?:: (\w+))? -->")
 

@@ -1,7 +1,7 @@
 """flatopt: flat minima for JAX, as composable optax transformations.
 
-SAM and its family      sam, asam, gsam, looksam, msam, ...: gradients at a displaced point
-Averages                swa, params_ema, lawa, swag, lookahead, ...: which weights are kept
+SAM and its family      sam, asam, gsam, msam, sassha, ...: gradients at a displaced point
+Averages                swa, params_ema, bema, swag, lookahead, ...: which weights are kept
 Local entropy           local_entropy, entropy_sgd, langevin: a Langevin loop around the weights
 Replicas                replicated_sgd, parle, gossip, ...: several copies that attract each other
 Sparse training         sparse_training: few weights, and which ones is learnt (RigL, SET)
@@ -12,13 +12,14 @@ flatopt.measures        how flat is it? eigenvalues, sharpness, local energy, ba
 flatopt.curves          low-loss paths between solutions
 flatopt.landscape       the loss along lines and planes; flatopt.plots draws it (matplotlib)
 flatopt.samplers        batches whose noise is correlated in time
-flatopt.linen, .nnx     adapters for Flax, imported by name
+flatopt.linen, .nnx     adapters for Flax, imported by name; flatopt.equinox for Equinox
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from flatopt._averaging.batch_stats import average_batch_stats
+from flatopt._averaging.bema import BemaState, bema
 from flatopt._averaging.fast_geometric_ensemble import (
     cyclic_triangle_schedule,
     ensemble_predict,
@@ -28,10 +29,12 @@ from flatopt._averaging.gadam import gadam, gadamx
 from flatopt._averaging.lawa import LawaState, lawa
 from flatopt._averaging.lookahead import LookaheadState, lookahead
 from flatopt._averaging.merging import greedy_soup, merge_params, merge_weights
-from flatopt._averaging.params_ema import params_ema
+from flatopt._averaging.pace import PaceState, pace
+from flatopt._averaging.params_ema import ema_decay_schedule, params_ema
 from flatopt._averaging.periodic_swa import PeriodicSwaState, periodic_swa
 from flatopt._averaging.power_ema import power_ema
 from flatopt._averaging.running_mean import AverageState
+from flatopt._averaging.schedule_free_plus import ScheduleFreePlusState, schedule_free_plus
 from flatopt._averaging.snapshots import snapshot_params, snapshots
 from flatopt._averaging.swa import constant_phase_start, swa, swa_schedule
 from flatopt._averaging.swag import SwagCovariance, SwagState, sample_params, swag, swag_covariance
@@ -61,9 +64,11 @@ from flatopt._sam.alternate import AlternateState, alternate
 from flatopt._sam.arwp import adaptive_filter_noise, arwp
 from flatopt._sam.asam import asam
 from flatopt._sam.ascent import mask_displacement, scale_to_adaptive_norm, scale_to_norm
+from flatopt._sam.bsam import bsam
 from flatopt._sam.combiners import mix_clean
 from flatopt._sam.empirical_fisher import empirical_fisher
 from flatopt._sam.esam import drop_displacement, esam, make_selective_grad_fn, select_examples
+from flatopt._sam.fisher_sam import fisher_sam, scale_to_fisher_norm
 from flatopt._sam.friendly_sam import friendly_sam, subtract_gradient_ema
 from flatopt._sam.functional_sam import functional_value_and_grad
 from flatopt._sam.gnp import gnp
@@ -78,10 +83,14 @@ from flatopt._sam.rwp import rwp
 from flatopt._sam.sam import sam
 from flatopt._sam.sam_on import normalisation_mask, sam_on
 from flatopt._sam.sampa import sampa
+from flatopt._sam.sassha import sassha, scale_by_hutchinson
 from flatopt._sam.sparse_sam import mask_at_random, mask_by_fisher, sparse_sam
+from flatopt._sam.spectral_norm import scale_to_spectral_norm
+from flatopt._sam.unified_sam import scale_by_partial_norm, unified_sam
 from flatopt._sam.value_and_grad import sam_value_and_grad
 from flatopt._sam.vasso import smooth_gradient, vasso
 from flatopt._sam.wsam import wsam
+from flatopt._sam.xsam import follow_arc, xsam
 from flatopt._sam.zsharp import keep_large_zscores, zsharp
 from flatopt._sparse.densities import erk_sparsities, mask_density
 from flatopt._sparse.sparse_training import SparseTrainingState, sparse_training
@@ -114,6 +123,7 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     "mix_clean",
     "scale_to_adaptive_norm",
     "scale_to_norm",
+    "scale_to_spectral_norm",
     "SharpnessState",
     "standard_normal",
     # SAM and its family: a paper a file
@@ -122,9 +132,12 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     "AlternateState",
     "arwp",
     "asam",
+    "bsam",
     "drop_displacement",
     "empirical_fisher",
     "esam",
+    "fisher_sam",
+    "follow_arc",
     "friendly_sam",
     "functional_value_and_grad",
     "gnp",
@@ -148,6 +161,10 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     "sam_on",
     "sam_value_and_grad",
     "sampa",
+    "sassha",
+    "scale_by_hutchinson",
+    "scale_by_partial_norm",
+    "scale_to_fisher_norm",
     "scale_to_layer_norms",
     "scale_to_loss_rise",
     "scale_to_weighted_norm",
@@ -156,14 +173,19 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     "sparse_sam",
     "subtract_gradient_ema",
     "surrogate_gap",
+    "unified_sam",
     "vasso",
     "wsam",
+    "xsam",
     "zsharp",
     # averages
     "average_batch_stats",
     "AverageState",
+    "bema",
+    "BemaState",
     "constant_phase_start",
     "cyclic_triangle_schedule",
+    "ema_decay_schedule",
     "ensemble_predict",
     "fast_geometric_ensemble",
     "gadam",
@@ -175,11 +197,15 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     "LookaheadState",
     "merge_params",
     "merge_weights",
+    "pace",
+    "PaceState",
     "params_ema",
     "periodic_swa",
     "PeriodicSwaState",
     "power_ema",
     "sample_params",
+    "schedule_free_plus",
+    "ScheduleFreePlusState",
     "snapshot_params",
     "snapshots",
     "swa",

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, momenta, tree_math
+from flatopt._core import checks, means, momenta, tree_math
 from flatopt._core.eval_params import eval_params
 
 
@@ -117,8 +117,9 @@ def record_distance(
     ) -> tuple[optax.Updates, DistanceState]:
         checks.require_params("record_distance", params)
         updates, average_state = average.update(updates, state.average_state, params, **extra_args)
-        reached = optax.apply_updates(params, updates)
-        apart = jax.tree.map(jnp.subtract, reached, eval_params(average_state, reached))
+        reached = means.reached(params, updates)
+        average_point = eval_params(average_state, reached)
+        apart = tree_math.on_inexact(lambda w, mean: w - mean, reached, average_point)
         return updates, DistanceState(
             tree_math.norm(apart).astype(state.distance.dtype), average_state
         )

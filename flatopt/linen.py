@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import jax
@@ -19,6 +19,7 @@ from flax import struct
 from flax.training import train_state
 
 from flatopt._averaging.batch_stats import arguments_of, average_over
+from flatopt._averaging.batch_stats import unbiased as _unbiased
 from flatopt._core import batches as _batches
 from flatopt._core import tree_math
 from flatopt._core.eval_params import eval_params as _eval_params
@@ -97,6 +98,7 @@ def recompute_batch_stats(
     batches: Iterable[Any],
     *,
     sample_weighted: bool = True,
+    unbiased: bool = False,
     weights: _batches.Weights = None,
     **kwargs: Any,
 ) -> Any:
@@ -108,6 +110,8 @@ def recompute_batch_stats(
       model, variables: the module; its `params` to evaluate, any `batch_stats`, and what it needs.
       batches: the inputs, or tuples of positional arguments, with examples on the first axis.
       sample_weighted, weights: whether examples or batches count the same; or a number a batch.
+      unbiased: whether variances of n values are n / (n - 1) times those that the layers use. With
+        `sample_weighted=False` both are as in PyTorch's `update_bn`.
       **kwargs: those of `model.apply` in training: `train=True`, `rngs={"dropout": key}`.
 
     Returns:
@@ -120,9 +124,6 @@ def recompute_batch_stats(
       >>> s = flatopt.linen.recompute_batch_stats(model, w, batches, use_running_average=False)
       >>> print(f"{s['mean'][0]:.4f} {s['var'][0]:.4f}")
       3.0000 0.6667
-
-    References:
-      As for `swa`.
 
     Cost: 0 gradients; 1 forward pass a batch, compiled once for each of their shapes.
     """
@@ -147,15 +148,44 @@ def recompute_batch_stats(
         for path in keep
     }
 
-    @jax.jit
-    def measure(args: tuple[Any, ...]) -> dict[_Path, jax.Array]:
-        stored = flax.traverse_util.flatten_dict(apply(zeroed, args))
-        return {path: stored[path] / (1 - momentum) for path, momentum in keep.items()}
-
-    mean = average_over(measure, arguments, sample_weighted=sample_weighted, weights=weights)
+    measure = functools.partial(_measure, functools.partial(apply, zeroed), keep, unbiased)
+    mean = average_over(
+        jax.jit(measure), arguments, sample_weighted=sample_weighted, weights=weights
+    )
     new = leaves | {path: mean[path].astype(leaves[path].dtype) for path in keep}
     result = flax.traverse_util.unflatten_dict(new)
     return flax.core.freeze(result) if isinstance(original, flax.core.FrozenDict) else result
+
+
+def _measure(
+    apply: Callable[[tuple[Any, ...]], Any],
+    momenta: Mapping[_Path, float],
+    unbiased: bool,
+    args: tuple[Any, ...],
+) -> dict[_Path, jax.Array]:
+    """What the layers saw in one batch, from what they stored of it."""
+    inputs: dict[_Path, Any] = {}
+    with nn.intercept_methods(functools.partial(_keep_inputs, inputs)):
+        stored = flax.traverse_util.flatten_dict(apply(args))
+    seen = {path: stored[path] / (1 - momentum) for path, momentum in momenta.items()}
+    for path, (shape, axis) in inputs.items() if unbiased else ():
+        seen[*path, "var"] = _unbiased(seen[*path, "var"], shape, axis, path)
+    return seen
+
+
+def _keep_inputs(
+    inputs: dict[_Path, Any],
+    call: Any,
+    args: Any,
+    call_kwargs: Any,
+    context: nn.module.InterceptorContext,
+) -> Any:
+    """Notes the shape of what each BatchNorm layer is given, and the axis of its channels."""
+    layer = context.module
+    if isinstance(layer, nn.BatchNorm) and context.method_name == "__call__":
+        x = args[0] if args else call_kwargs["x"]
+        inputs[layer.path] = jnp.shape(x), layer.axis
+    return call(*args, **call_kwargs)
 
 
 def _momenta(apply: Any) -> dict[_Path, float]:

@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError('flatopt.nnx needs "flatopt[flax]".', name=error.name) from error
 
 from flatopt._averaging.batch_stats import arguments_of, average_over
+from flatopt._averaging.batch_stats import unbiased as _unbiased
 from flatopt._core import batches as _batches
 from flatopt._core import grad_fn as _grad_fn
 from flatopt._core.eval_params import eval_params
@@ -49,6 +50,10 @@ class GradFn:
     def __call__(self, params: optax.Params, i: jax.typing.ArrayLike = 0) -> optax.Updates:
         """Returns the gradient at `params`; no module changes, `i` is ignored."""
         return self.pure(params, i)
+
+    def value(self, params: optax.Params) -> jax.Array:
+        """Returns the loss at `params`, by a forward pass; no module changes."""
+        return self.pure.value(params)
 
     def value_and_grad(self, model: nnx.Module) -> tuple[Any, optax.Updates]:
         """Returns `(loss, grads)`, or `((loss, aux), grads)` with `has_aux`, at `model`.
@@ -162,6 +167,7 @@ def recompute_batch_stats(
     batches: Iterable[Any],
     *,
     sample_weighted: bool = True,
+    unbiased: bool = False,
     weights: _batches.Weights = None,
     **kwargs: Any,
 ) -> Model:
@@ -171,7 +177,7 @@ def recompute_batch_stats(
 
     Args:
       model: the module, with the weights to evaluate, in any mode. It is not changed.
-      batches, sample_weighted, weights: see `flatopt.linen.recompute_batch_stats`.
+      batches, sample_weighted, unbiased, weights: see `flatopt.linen.recompute_batch_stats`.
       **kwargs: further arguments of the model's call, which is in training mode.
 
     Returns:
@@ -197,9 +203,13 @@ def recompute_batch_stats(
     @jax.jit
     def measure(state: nnx.State, args: tuple[Any, ...]) -> dict[Any, jax.Array]:
         one = nnx.merge(graphdef, state)
+        inputs = _keep_inputs(one)
         one(*args, **kwargs)
         stats = nnx.to_flat_state(nnx.state(one, nnx.BatchStat))
-        return {path: stat[...] for path, stat in stats if path[:-1] in paths}
+        seen = {path: stat[...] for path, stat in stats if path[:-1] in paths}
+        for path, (shape, axis) in inputs.items() if unbiased else ():
+            seen[*path, "var"] = _unbiased(seen[*path, "var"], shape, axis, path)
+        return seen
 
     _, arguments = arguments_of(batches)
     mean = average_over(
@@ -229,6 +239,21 @@ def _ready_to_measure(model: Model) -> tuple[Model, set[Any]]:
     if not paths:
         raise ValueError("model has no nnx.BatchNorm layer: there are no statistics to recompute.")
     return working, paths
+
+
+def _keep_inputs(model: nnx.Module) -> dict[Any, Any]:
+    """Shape of what each BatchNorm layer is given, and axis of its channels: a call fills it."""
+    inputs: dict[Any, Any] = {}
+
+    def keep(path: Any, axis: Any, promote: Any, arrays: Any, **kwargs: Any) -> Any:
+        inputs[path] = jnp.shape(arrays[0]), axis
+        return promote(arrays, **kwargs)
+
+    for path, layer in nnx.iter_modules(model):
+        if isinstance(layer, nnx.BatchNorm):  # Its function of all that it computes with.
+            promote = layer.promote_dtype
+            layer.promote_dtype = functools.partial(keep, path, layer.axis, promote)
+    return inputs
 
 
 @dataclasses.dataclass(frozen=True)

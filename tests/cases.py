@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def sgd() -> optax.GradientTransformation:
     return optax.sgd(LEARNING_RATE, momentum=0.9)
 
 
-Optimizer = optax.GradientTransformationExtraArgs
+Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 def complete(
@@ -73,6 +73,7 @@ class Case:
       hyperparameter: an argument that may be a schedule or a traced array, or None.
       off: a value of `hyperparameter` at which the method is its base optimiser, or None.
       extra_evaluations: calls of `grad_fn` in ten steps.
+      needs_value: whether `update` needs `value=`, the loss.
       copies: parameter-sized copies in the state, over that of the base optimiser; by bytes, and
         for a kernel of 100 x 100.
       variant: tells several cases of one factory apart.
@@ -86,6 +87,7 @@ class Case:
     off: float | None = None
     extra_evaluations: int = 0
     copies: float = 0
+    needs_value: bool = False
     variant: str = ""
     bench: Bench | None = None
 
@@ -140,6 +142,9 @@ CASES = [
     Case("scale_to_norm", "perturbation", {"rho": 0.05}, "rho", 0.0, extra_evaluations=10),
     Case("scale_to_adaptive_norm", "perturbation", {"rho": 0.5, "eta": 0.01}, "rho", 0.0, extra_evaluations=10),
     Case("scale_to_adaptive_norm", "perturbation", {"rho": 0.5, "mask": _mask}, extra_evaluations=10, variant="mask"),
+    Case("scale_by_partial_norm", "perturbation", {"rho": 0.05, "lam": 0.5}, "rho", 0.0, extra_evaluations=10),
+    Case("scale_to_fisher_norm", "perturbation", {"rho": 0.05, "eta": 2.0}, "rho", 0.0, extra_evaluations=10),
+    Case("scale_to_spectral_norm", "perturbation", {"rho": 0.05}, "rho", 0.0, extra_evaluations=10),
     Case("scale_to_layer_norms", "perturbation", {"rho": 0.05}, "rho", 0.0, extra_evaluations=10),
     Case("scale_to_loss_rise", "perturbation", {"budget": 0.1, "max_rho": 0.1}, "budget", 0.0, extra_evaluations=10),
     Case("scale_to_weighted_norm", "perturbation", {"rho": 0.05}, "rho", 0.0, extra_evaluations=10),
@@ -156,6 +161,7 @@ CASES = [
     # combiners
     Case("surrogate_gap", "combiner", {"alpha": 0.4}, "alpha", extra_evaluations=10),
     Case("mix_clean", "combiner", {"alpha": 0.8}, "alpha", 0.0, extra_evaluations=10),
+    Case("follow_arc", "combiner", {"alpha": 1.5}, "alpha", extra_evaluations=10),
     # stages
     Case("gradient_at", "stage", {"perturbation": flatopt.scale_to_norm(0.05)}, extra_evaluations=10),
     Case("gradient_at", "stage", {"perturbation": flatopt.scale_to_norm(0.05), "num_steps": 3}, extra_evaluations=30, variant="num_steps"),
@@ -182,6 +188,13 @@ CASES = [
     Case("rwp", "stage", {"std": 0.1, "every": 2}, "std", 0.0, extra_evaluations=5, bench=Bench("two gradients and more work", kwargs={"every": None})),
     Case("rwp", "stage", {"std": 0.1, "every": 5}, "std", 0.0, extra_evaluations=2, variant="every", bench=Bench("one gradient", "rwp every=5")),
     Case("arwp", "stage", {"std": 0.1, "eta": 1.0, "decay": 0.9}, "std", 0.0, extra_evaluations=10, copies=0.01, bench=Bench("two gradients and more work")),
+    Case("unified_sam", "stage", {"rho": 0.05, "lam": 0.5}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients")),
+    Case("fisher_sam", "stage", {"rho": 0.05, "eta": 2.0}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients")),
+    Case("xsam", "stage", {"rho": 0.05, "rho_max": 0.1, "alpha_every": 4}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients and more work", kwargs={"alpha_every": 100})),
+    Case("xsam", "stage", {"rho": 0.05, "alpha": 1.5, "num_steps": 3, "start": 4, "every": 3}, "rho", 0.0, extra_evaluations=6, variant="alpha"),
+    Case("sassha", "stage", {"rho": 0.05, "b1": 0.5, "eps": 0.5, "every": 5}, "rho", extra_evaluations=12, copies=2, bench=Bench("two gradients and more work", "sassha every=10", {"every": 10})),
+    Case("sassha", "stage", {"rho": 0.5, "b1": 0.2, "power": 1.0, "eps": 0.5, "every": 1, "perturbation": flatopt.scale_to_adaptive_norm(0.5)}, extra_evaluations=20, copies=2, variant="power"),
+    Case("scale_by_hutchinson", "stage", {"power": 0.5, "b1": 0.5, "eps": 0.5, "every": 5}, "power", extra_evaluations=2, copies=2),
     # local entropy
     Case("langevin", "wrapper", {"learning_rate": 0.05, "temperature": 1e-4}, "temperature", copies=-1, bench=Bench("inner loops and replicas")),
     Case("local_entropy", "stage", {"num_steps": 4, "gamma": 0.5, "noise": 0.01}, "gamma", extra_evaluations=30, bench=Bench("inner loops and replicas", "local_entropy L=5", {"num_steps": 5})),
@@ -202,6 +215,7 @@ CASES = [
     # wrappers
     Case("wsam", "wrapper", {"optimizer": sgd(), "learning_rate": LEARNING_RATE, "rho": 0.05, "gamma": 0.8}, "rho", 0.0, extra_evaluations=10, bench=Bench("two gradients")),
     Case("wsam", "wrapper", {"optimizer": sgd(), "learning_rate": LEARNING_RATE, "rho": 0.05, "gamma": 0.5, "decouple": False, "max_norm": 10.0}, "rho", 0.0, extra_evaluations=10, variant="coupled"),
+    Case("bsam", "wrapper", {"learning_rate": 0.05, "rho": 0.01, "num_data": 100.0}, "rho", extra_evaluations=20, copies=1, bench=Bench("two gradients and more work")),
     Case("sampa", "wrapper", {"optimizer": sgd(), "rho": 0.05}, "rho", 0.0, extra_evaluations=20, copies=1, bench=Bench("two gradients and more work")),
     Case("hold_perturbed", "wrapper", {"optimizer": sgd(), "perturbation": flatopt.scale_to_norm(0.05)}, copies=1, bench=Bench("one gradient")),
     Case("msam", "wrapper", {"optimizer": sgd(), "rho": 0.1}, "rho", 0.0, bench=Bench("one gradient", kwargs={"rho": 0.05})),
@@ -215,6 +229,8 @@ CASES = [
     Case("swa", "average", {"start": 3, "every": 2}, copies=1, variant="start_every"),
     Case("params_ema", "average", {"decay": 0.9}, "decay", copies=1, bench=Bench("averages")),
     Case("params_ema", "average", {"decay": 0.99, "debias": False, "warmup_steps": 10}, "decay", copies=1, variant="warmup"),
+    Case("bema", "average", {"kappa": 0.5}, "kappa", copies=3, bench=Bench("averages")),
+    Case("bema", "average", {"eta": 0.3, "lag": 2.0, "start": 5, "every": 2}, "eta", copies=3, variant="start_every"),
     Case("power_ema", "average", {"exponent": 2.0}, "exponent", copies=1, bench=Bench("averages")),
     Case("lawa", "average", {"window": 3}, copies=3, bench=Bench("averages", "lawa window=3 every=5", {"every": 5})),
     Case("lawa", "average", {"window": 2, "every": 2, "start": 4}, copies=2, variant="start_every"),
@@ -228,6 +244,10 @@ CASES = [
     Case("lookahead", "wrapper", {"optimizer": sgd(), "every": 2, "pull_back": True, "start": 3}, copies=2, variant="pull_back"),
     Case("periodic_swa", "wrapper", {"optimizer": sgd(), "period": 4}, copies=1, bench=Bench("averages", "periodic_swa period=5", {"period": 5})),
     Case("periodic_swa", "wrapper", {"optimizer": optax.adamw(0.05), "period": 4, "start": 3, "every": 2, "stop": 6}, copies=1, variant="stop"),
+    Case("pace", "wrapper", {"learning_rate": 0.05, "strength": 0.15, "b2": 0.9}, "strength", copies=2, bench=Bench("adamw")),  # Adam's two and the mean, less SGD's one.
+    Case("pace", "wrapper", {"learning_rate": 0.05, "strength": 0.5, "decay": 0.9, "every": 2}, "strength", copies=2, variant="decay"),
+    Case("schedule_free_plus", "wrapper", {"beta": 0.5}, "beta", copies=3, needs_value=True, bench=Bench("adamw")),
+    Case("schedule_free_plus", "wrapper", {"direction": optax.scale_by_adam(), "learning_rate": 0.7, "r": 2.0, "norm_decay": 0.7, "weight_decay": 0.1, "start": 3}, "learning_rate", copies=3, needs_value=True, variant="start"),
     # sparse training
     Case("sparse_training", "wrapper", {"optimizer": sgd(), "sparsity": 0.5, "every": 2, "fraction": 0.5}, "fraction", copies=0.25),
     Case("sparse_training", "wrapper", {"optimizer": optax.adamw(0.05, eps=1e-4), "sparsity": 0.5, "grow": "random", "order": "after", "every": 2, "fraction": 0.5}, "fraction", copies=0.25, variant="set"),
@@ -308,12 +328,28 @@ def train_step(
     """The training step that README shows, as a function of `(params, opt_state, batch)`."""
 
     def step(params: Any, opt_state: Any, batch: Any) -> tuple[Any, Any]:
-        grads = jax.grad(loss)(params, batch)
-        grad_fn = flatopt.make_grad_fn(loss, batch)
-        updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn, **extra_args)
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        extra = {"value": value, "grad_fn": flatopt.make_grad_fn(loss, batch), **extra_args}
+        updates, opt_state = tx.update(grads, opt_state, params, **extra)
         return optax.apply_updates(params, updates), opt_state
 
     return step
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientByHand:
+    """A `grad_fn` that is no loss's, with values for the methods that ask for them too.
+
+    Attributes:
+      gradient: called as `gradient(params, i)`.
+      value: called as `value(params)`.
+    """
+
+    gradient: Callable[[Any, Any], Any]
+    value: Callable[[Any], jax.Array] = optax.tree.norm
+
+    def __call__(self, params: Any, i: Any) -> Any:
+        return self.gradient(params, i)
 
 
 @functools.lru_cache(maxsize=64)
@@ -340,7 +376,8 @@ def run(
 
 def assert_equal(actual: Any, expected: Any) -> None:
     """Equal structure, dtypes and bits (the sign of zero aside)."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (actual, expected)]
+    assert structures[0] == structures[1]
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert jnp.result_type(a) == jnp.result_type(e)
         np.testing.assert_array_equal(_numpy(a), _numpy(e))
@@ -348,7 +385,8 @@ def assert_equal(actual: Any, expected: Any) -> None:
 
 def assert_close(actual: Any, expected: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:
     """Equal structure and close values."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (actual, expected)]
+    assert structures[0] == structures[1]
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(_numpy(a), _numpy(e), rtol=rtol, atol=atol)
 

@@ -269,50 +269,53 @@ def replay(
 
     Returns:
       `traj/`, `eval/`, `loss`, `grad0/`, the fields of `buffers`, and, where the file has it,
-      `pert/`: the points of all extra gradients, in order.
+      `pert/`: the points of all extra gradients, in order, without those of Hessian products.
     """
     tx = optax.with_extra_args_support(tx)
     own_loss, batch = problem(golden)
     value_and_grad = jax.value_and_grad(loss_fn or own_loss)
-    # Points can only leave the compiled step from its top level. Methods that take gradients inside
-    # `lax.cond` or a loop have files without them.
     record = bool(golden.tree("pert"))
+    all_points: list[Params] = []
+
+    def record_point(halves: Params) -> None:
+        whole = {k: np.ascontiguousarray(v).view(np.float64)[..., 0] for k, v in halves.items()}
+        all_points.append(whole)
 
     @compiled
     def step(params: Params, opt_state: Any, t: jax.typing.ArrayLike) -> tuple[Any, ...]:
-        points: list[Params] = []
-
         def grad_fn(point: Params, i: Any) -> Params:
-            if record:
-                points.append(point)
+            if record and not _is_differentiated(point):
+                # From within a loop too. As halves, for callbacks do not know of float64.
+                halves = jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32), point)
+                jax.debug.callback(record_point, halves, ordered=True)
             data = batch(*extra_batch(t, i))
             if extra_grad is not None:
                 return extra_grad(params, point, data)
             return value_and_grad(point, *data)[1]
 
+        grad_fn.value = lambda point: value_and_grad(point, *batch(t, 0))[0]
         loss, grads = value_and_grad(params, *batch(t, 0))
-        updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
+        updates, opt_state = tx.update(grads, opt_state, params, value=loss, grad_fn=grad_fn)
         params = optax.apply_updates(params, updates)
         kept = {field: get(opt_state) for field, get in (buffers or {}).items()}
         evaluation = flatopt.eval_params(opt_state, params)
-        return params, opt_state, evaluation, loss, grads, points, kept
+        return params, opt_state, evaluation, loss, grads, kept
 
     params = golden.params
     opt_state = tx.init(params)
     first: Params = {}
     losses: list[jax.Array] = []
-    all_points: list[Params] = []
     kept_by_step: list[dict[str, Params]] = []
     trajectory, evaluated = [params], [flatopt.eval_params(opt_state, params)]
     for t in range(golden.steps):
-        params, opt_state, evaluation, loss, grads, points, kept = step(params, opt_state, t)
+        params, opt_state, evaluation, loss, grads, kept = step(params, opt_state, t)
         first = first or grads
         losses.append(loss)
         trajectory.append(params)
         evaluated.append(evaluation)
-        all_points.extend(points)
         kept_by_step.append(kept)
 
+    jax.effects_barrier()
     result: dict[str, Array] = {"loss": np.asarray(losses)}
     result |= {f"grad0/{name}": np.asarray(grad) for name, grad in first.items()}
     series: dict[str, list[Params]] = {"traj": trajectory, "eval": evaluated, "pert": all_points}
@@ -336,6 +339,12 @@ def assert_agrees(
     for key, value in desired.items():
         assert actual[key].shape == value.shape, f"{key}: {actual[key].shape} != {value.shape}"
         np.testing.assert_allclose(actual[key], value, RTOL, ATOL, err_msg=key)
+
+
+def _is_differentiated(point: Params) -> bool:
+    """Whether a derivative of the gradient is taken there, as for products with the Hessian."""
+    tracers = jax.interpreters.ad.JVPTracer
+    return any(isinstance(x, tracers) for x in jax.tree.leaves(point))
 
 
 def _stack(field: str, trees: list[Params]) -> dict[str, Array]:

@@ -49,18 +49,25 @@ CORE = [
 # Inside a package beside the families, from the bottom up; those on one line are strangers.
 INSIDE = {
     "measures": [
-        ["_variables", "_results"],
+        ["_variables", "_results", "_kl_inverse"],
         ["_basis", "_operator"],
-        ["_lanczos", "_rises", "_trace", "_sharpness", "_keskar", "_gradients"],
+        ["_lanczos", "_rises", "_trace", "_sharpness", "_keskar", "_gradients", "_critical"],
         ["_eigenvalues", "_density", "_local_energy", "_local_entropy", "_pac_bayes"],
+        ["_pac_bayes_bound"],
+        ["_pac_bayes_posterior"],
         ["_quantise", "_similarity", "_barrier", "_symmetry"],
-        ["_geodesic"],
+        ["_geodesic", "_alignment"],
     ],
     "curves": [["_bases"], ["_points"], ["_training", "_evaluation"]],
 }
 # Modules beside the families look at `_core` alone; adapters for Flax at averages' statistics too.
 ADAPTERS = {"linen": {"_averaging.batch_stats"}, "nnx": {"_averaging.batch_stats"}}
-OPTIONAL = {"flax": {"linen", "nnx"}, "matplotlib": {"plots"}, "tqdm": {"progress"}}
+OPTIONAL = {
+    "equinox": {"equinox"},
+    "flax": {"linen", "nnx"},
+    "matplotlib": {"plots"},
+    "tqdm": {"progress"},
+}
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py")
 
 
@@ -228,7 +235,12 @@ def test_public_names_are_typed(name: str):
 
 @pytest.mark.parametrize(
     ("module", "package", "extra"),
-    [("plots", "matplotlib", "plots"), ("linen", "flax", "flax"), ("nnx", "flax", "flax")],
+    [
+        ("plots", "matplotlib", "plots"),
+        ("linen", "flax", "flax"),
+        ("nnx", "flax", "flax"),
+        ("equinox", "equinox", "equinox"),
+    ],
 )
 def test_a_missing_extra_is_named(module: str, package: str, extra: str):
     code = f"import sys; sys.modules['{package}'] = None; import flatopt.{module}"

@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks import (
     accelerators,
+    anneal,
     by_hand,
     compile_time,
     draw,
@@ -31,10 +32,12 @@ from benchmarks import (
 )
 from tests import cases
 
-# Pieces of methods, what needs a named axis, and what only records.
+# Pieces of methods, what needs a named axis, what only records, what benchmarks.sparse measures.
 NOT_MEASURED = {
-    "gradient_at", "reuse_direction", "couple_replicas", "gossip", "hold_replicas",
+    "gradient_at", "reuse_direction", "scale_by_hutchinson",
+    "couple_replicas", "gossip", "hold_replicas",
     "record_gradient_norm", "record_distance", "record_cosine",
+    "sparse_training",
 }  # fmt: skip
 
 
@@ -293,6 +296,51 @@ def test_a_target_without_its_package_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         accelerators.main()
     assert "--target h100 needs the package no-such-package" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gradients", [100, 3000])
+def test_arms_take_the_gradients_of_the_base_or_one_fewer(gradients: int):
+    for arm in anneal.ARMS:
+        steps = arm.steps(gradients)
+        taken = anneal.training.count_gradients(arm.build(steps, 0.1, 0.1), steps)
+        assert gradients - 2 < taken <= gradients, arm
+
+
+def test_the_recipe_starts_where_the_rate_begins_to_fall():
+    schedule, start = anneal.trapezoid(0.1, 50), anneal.decay_start(50)
+    rates = np.array([schedule(step) for step in range(51)])
+    np.testing.assert_allclose(rates[: start + 1], 0.1, rtol=1e-6)
+    assert (np.diff(rates[start:]) < 0).all()
+    assert rates[-1] == 0
+
+
+def test_images_that_choose_are_not_those_that_judge():
+    setting, data = anneal.SETTINGS["digits"], anneal.load("digits", None)
+    rows = [anneal.make_task(data, setting, [3, 4], tuning=t).split for t in (True, False)]
+    tuning, final = (jax.tree.map(np.asarray, split) for split in rows)
+    assert tuning.train_rows.shape == (2, 300)
+    assert tuning.test_rows.shape == (2, 700)
+    assert final.test_rows.shape == (2, 797)
+    chosen = np.concatenate([tuning.train_rows, tuning.test_rows], axis=1)
+    assert all(len(set(row)) == 1000 for row in chosen)
+    assert not set(final.test_rows.ravel()) & set(chosen.ravel())
+    assert not set(final.test_rows.ravel()) & set(final.train_rows.ravel())
+
+
+def test_anneal(rendered, monkeypatch):
+    arms = [anneal.Arm("sgd"), anneal.Arm("sgd", "sam", "anneal"), anneal.Arm("sgd", "sam")]
+    monkeypatch.setattr(anneal, "ARMS", arms)
+    monkeypatch.setattr(anneal, "RATES", {"sgd": (0.01, 0.1)})
+    monkeypatch.setattr(anneal, "RADII", {"sam": (0.1, 0.2)})
+    command = ["--datasets", "digits", "--gradients", "40", "--seeds", "2", "--tuning-seeds", "1"]
+    results, table, _ = rendered(anneal, "anneal", command)
+    base, annealed, whole = results["arms"]
+    assert (base["steps"], annealed["steps"], whole["steps"]) == (40, 30, 20)
+    assert all(len(arm["tuning"]) == len(results["arms"][0]["tuning"]) for arm in results["arms"])
+    assert {run["rate"] for run in annealed["tuning"][:2]} == {base["learning_rate"]}
+    difference = 100 * (np.array(annealed["accuracy"]) - whole["accuracy"])
+    assert f"{difference.mean():+.2f}" in table
+    assert "| digits | sam + sgd, in the anneal | 30 | 39 |" in table
 
 
 def test_a_table_without_results_is_empty(tmp_path: Path, monkeypatch):

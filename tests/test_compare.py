@@ -415,15 +415,15 @@ def _count_without_jit(tx, steps):
     counter = itertools.count()
     tx = optax.with_extra_args_support(tx)
 
-    def grad_fn(params, i):
-        jax.debug.callback(lambda _: next(counter), i)  # Once for each of mapped replicas.
-        return params
+    def loss(params):
+        jax.debug.callback(lambda _: next(counter), params["bias"])  # For each mapped replica.
+        return 0.5 * optax.tree.norm(params, squared=True)
 
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     carry = training.Carry(params, tx.init(params))
     with jax.disable_jit():
         for _ in range(steps):
-            carry = training.step(tx, grad_fn, carry)
+            carry = training.step(tx, flatopt.make_grad_fn(loss), carry)
     jax.effects_barrier()
     return next(counter)
 

@@ -12,7 +12,12 @@ from tests import cases
 
 ROOT = Path(flatopt.__file__).parent.parent
 # Methods of the paper of another, in whose file they stand.
-SIBLINGS = {"gadamx": "gadam", "msam_sgd": "msam", "reuse_direction": "looksam"}
+SIBLINGS = {
+    "gadamx": "gadam",
+    "msam_sgd": "msam",
+    "reuse_direction": "looksam",
+    "scale_by_hutchinson": "sassha",
+}
 FAMILIES = ("sam", "averaging", "entropy", "replicas", "sparse")
 
 

@@ -42,6 +42,8 @@ LAWA_WINDOW = 6
 LOOKAHEAD_EVERY = 5
 # Adam's rate as a share of SGD's, and its decoupled decay: the ranges that its authors advise.
 GADAM_SHARE, GADAM_DECAY = 0.01, 0.2
+# Sassha's epsilon: where units are dead there is no curvature, and its usual 1e-4 is a huge step.
+SASSHA_EPSILON, SASSHA_DECAY = 0.01, 1e-3
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,20 @@ def _gadam(setting: Setting) -> optax.GradientTransformation:
     )
 
 
+def _pace(setting: Setting) -> optax.GradientTransformation:
+    rate = GADAM_SHARE * setting.learning_rate
+    return flatopt.pace(optax.cosine_decay_schedule(rate, setting.steps), weight_decay=GADAM_DECAY)
+
+
+def _sassha(setting: Setting) -> optax.GradientTransformation:
+    schedule = optax.cosine_decay_schedule(setting.learning_rate, setting.steps)
+    return optax.chain(
+        flatopt.sassha(SAM_RHO, eps=SASSHA_EPSILON),
+        optax.add_decayed_weights(SASSHA_DECAY),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
 def _wasam(setting: Setting) -> optax.GradientTransformation:
     # As in its paper, the learning rate goes on falling while the weights are averaged.
     return flatopt.wasam(
@@ -241,6 +257,16 @@ CHOSEN: dict[str, Method] = {
             "lookahead", _lookahead, f"Lookahead, k {LOOKAHEAD_EVERY}, alpha 0.5", default=False
         ),
         Method("pswa", _pswa, "periodic SWA: as swa, with three or four restarts", default=False),
+        Method("pace", _pace, f"AdamW, decay {GADAM_DECAY}, pulled to its mean", default=False),
+        Method(
+            "schedule_free_plus",
+            lambda _: flatopt.schedule_free_plus(),
+            "an average of Polyak's steps, without a learning rate",
+            default=False,
+        ),
+        Method(
+            "sassha", _sassha, f"SASSHA, rho {SAM_RHO}, epsilon {SASSHA_EPSILON}", default=False
+        ),
         Method("gadam", _gadam, f"AdamW, decay {GADAM_DECAY}, averaged as swa", default=False),
         Method(
             "entropy_sgd",

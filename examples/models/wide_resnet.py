@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from flatopt.measures import Units
+
 KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -79,3 +81,42 @@ def _conv(channels: int, stride: int, size: int, dtype: Any) -> nn.Conv:
 
 def _normalise(train: bool, momentum: float, dtype: Any) -> nn.BatchNorm:
     return nn.BatchNorm(use_running_average=not train, momentum=momentum, dtype=dtype)
+
+
+def residual_units(variables: Any) -> tuple[Units, ...]:
+    """The hidden units of a `WideResNet`, for `measures.align_units` on all its variables.
+
+    What is added must be permuted alike: the channels of one residual stream are one set of units,
+    written by the last convolution of every block and read by the first layers of the next. A
+    shortcut with a convolution ends a stream. The channels inside a block are a set of their own.
+    """
+    params = variables["params"]
+    number = sum(name.startswith("_Block") for name in params)
+    incoming, outgoing, found = [_out("Conv_0")], [], []
+    for block in (f"_Block_{i}" for i in range(number)):
+        convolutions = [f"{block}/Conv_{i}" for i in range(len(params[block]) - 2)]
+        *shortcut, first, last = convolutions
+        incoming += _norm(f"{block}/BatchNorm_0")
+        outgoing += [_in(layer) for layer in [*shortcut, first]]
+        if shortcut:
+            found.append(Units(tuple(incoming), tuple(outgoing)))
+            incoming, outgoing = [_out(*shortcut)], []
+        incoming.append(_out(last))
+        inside = (_out(first), *_norm(f"{block}/BatchNorm_1"))
+        found.append(Units(inside, (_in(last),)))
+    incoming += _norm("BatchNorm_0")
+    return (*found, Units(tuple(incoming), (*outgoing, _in("Dense_0"))))
+
+
+def _out(layer: str) -> tuple[str, int]:
+    return f"params/{layer}/kernel", -1
+
+
+def _in(layer: str) -> tuple[str, int]:
+    return f"params/{layer}/kernel", -2
+
+
+def _norm(layer: str) -> list[tuple[str, int]]:
+    """BatchNorm's numbers, one a channel: scale and shift, and the running statistics."""
+    parts = ("params", "scale"), ("params", "bias"), ("batch_stats", "mean"), ("batch_stats", "var")
+    return [(f"{collection}/{layer}/{name}", -1) for collection, name in parts]

@@ -1,13 +1,15 @@
 """BatchNorm statistics for averaged weights (SWA, arXiv:1803.05407), whatever the framework."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from flatopt._core import batches as _batches
-from flatopt._core import means
+from flatopt._core import checks, means, tree_math
 
 
 def average_batch_stats(
@@ -45,11 +47,32 @@ def average_batch_stats(
             f"stats has {len(stats)} batches and sizes {len(weights)}: there must be at least one "
             "batch, and a size for each."
         )
-    mean, total = means.copy(stats[0]), weights[0]
-    for batch, weight in zip(stats[1:], weights[1:], strict=True):
+    # A batch without weight has no part in the mean, not even by its NaN.
+    pairs = [(s, w) for s, w in zip(stats, weights, strict=True) if not checks.is_number(w, 0)]
+    if not pairs:
+        raise ValueError(f"sizes={weights!r} are all zero: at least one batch must count.")
+    (first, total), *others = pairs
+    mean = means.copy(first)
+    for batch, weight in others:
         total = total + weight
-        mean = means.towards(mean, batch, weight / total)
-    return jax.tree.map(lambda m, x: m.astype(x.dtype), mean, stats[0])
+        traced = isinstance(total, jax.core.Tracer)  # And may be zero yet.
+        share = tree_math.ratio_or_zero(weight, jnp.asarray(total)) if traced else weight / total
+        mean = means.towards(mean, batch, share)
+    return jax.tree.map(lambda m, x: m.astype(x.dtype), mean, first)
+
+
+def unbiased(
+    var: jax.Array, shape: tuple[int, ...], axis: int | Sequence[int], path: Iterable[Any]
+) -> jax.Array:
+    """The variance times n / (n - 1), of a layer that saw n values of each channel on `axis`."""
+    axes = (axis,) if isinstance(axis, int) else axis
+    number = math.prod(shape) // math.prod(shape[a] for a in axes)
+    if number < 2:
+        raise ValueError(
+            f"the BatchNorm layer at {'/'.join(map(str, path)) or 'the top'} sees one value a "
+            "channel, which has no unbiased variance: drop such a batch, or set unbiased=False."
+        )
+    return var * (number / (number - 1))
 
 
 def arguments_of(batches: Iterable[Any]) -> tuple[tuple[Any, ...], Iterator[tuple[Any, ...]]]:

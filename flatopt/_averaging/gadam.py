@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._averaging.swa import swa
-from flatopt._core import checks, registry, stage
+from flatopt._core import checks, registry, stage, tree_math
 
 
 class PadamState(NamedTuple):
@@ -26,6 +26,13 @@ class PadamState(NamedTuple):
     nu_max: optax.Updates
 
 
+def weight_so_far(b: float, t: jax.Array) -> jax.Array:
+    """The sum of the shares in a decaying mean of t numbers, :math:`1 - b^t`, for b near 1 too."""
+    c = jnp.asarray(1 - b, float)  # Before the cast: in float32 a b within 1e-8 of 1 is 1.
+    total = -jnp.expm1(t * jnp.log1p(-jnp.minimum(c, 1 - jnp.finfo(c.dtype).epsneg)))
+    return jnp.where(c < 1, total, 1)
+
+
 def padam_step(
     grads: optax.Updates, state: PadamState, *, b1: float, b2: float, eps: float, partial: float
 ) -> tuple[optax.Updates, PadamState]:
@@ -33,13 +40,13 @@ def padam_step(
     t = optax.safe_increment(state.t)
     mu = optax.tree.update_moment(grads, state.mu, b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
-    correction = jnp.sqrt(1 - b2**t) / (1 - b1**t)
-    nu_max = jax.tree.map(jnp.maximum, state.nu_max, optax.tree.cast_like(nu, state.nu))
+    correction = jnp.sqrt(weight_so_far(b2, t)) / weight_so_far(b1, t)
+    nu_max = jax.tree.map(jnp.maximum, state.nu_max, tree_math.cast_like(nu, state.nu))
 
     def leaf(m: jax.Array, v: jax.Array) -> jax.Array:
         return (correction * (m / (jnp.sqrt(v) + eps) ** (2 * partial))).astype(m.dtype)
 
-    kept = (optax.tree.cast_like(mu, state.mu), optax.tree.cast_like(nu, state.nu), nu_max)
+    kept = (tree_math.cast_like(mu, state.mu), tree_math.cast_like(nu, state.nu), nu_max)
     return jax.tree.map(leaf, mu, nu_max), PadamState(t, *kept)
 
 

@@ -76,7 +76,6 @@ def lookahead(
     checks.check_number("slow_step_size", slow_step_size, low=0.0, high=1.0)
     _check_momenta(reset_state, pull_back)
     optimizer = checks.as_transformation("optimizer", optimizer)
-    keeps_fast = checks.is_number(slow_step_size, 1)  # Adding 0 would still change how XLA rounds.
     when = Every.after_update(start, 5 if every is None else every)
 
     def init_fn(params: optax.Params) -> LookaheadState:
@@ -92,12 +91,10 @@ def lookahead(
         moves, inner_state = optimizer.update(updates, state.inner_state, params, **extra_args)
         fast, slow, slow_state = optax.apply_updates(params, moves), state.slow, state.slow_state
         if when.begin > 0:  # Until then the slow weights are the fast ones.
-            slow = optax.tree.where(step <= when.begin, optax.tree.cast_like(fast, slow), slow)
+            slow = optax.tree.where(step <= when.begin, tree_math.cast_like(fast, slow), slow)
         due = when.is_due(step)
-        landed = fast
-        if not keeps_fast:
-            moves, landed = _land(due, slow, fast, alpha, params, moves)
-        slow = optax.tree.where(due, optax.tree.cast_like(landed, slow), slow)
+        moves, landed = _land(due, slow, fast, alpha, params, moves)
+        slow = optax.tree.where(due, tree_math.cast_like(landed, slow), slow)
         if pull_back:
             inner_state, slow_state = _pull_back(due, inner_state, slow_state, alpha, params)
         if reset_state:
@@ -111,6 +108,8 @@ def _land(
     due: jax.Array, slow: Any, fast: Any, alpha: Any, params: Any, moves: Any
 ) -> tuple[optax.Updates, optax.Params]:
     """The moves that lead to where the weights meet, if it is `due`, and where they lead."""
+    if checks.is_number(alpha, 1):  # Adding 0 would still change how XLA rounds.
+        return moves, fast
     target = synchronise(slow, fast, alpha)
     # Chosen entry by entry: a branch would keep these passes from being one with the optimiser's.
     moves = optax.tree.where(due, means.moves(target, params, moves), moves)

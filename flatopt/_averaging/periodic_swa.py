@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flatopt._core import checks, means, momenta, registry
+from flatopt._core import checks, means, momenta, registry, tree_math
 from flatopt._core.timing import LAST, Every
 
 
@@ -39,7 +39,7 @@ class PeriodicSwaState(NamedTuple):
 def take_in(mean: optax.Params, params: optax.Params, number: jax.Array) -> optax.Params:
     r""":math:`\bar w + (w - \bar w) / n` for model n of a period; the first is written over it."""
     moved = means.towards(mean, params, 1.0 / jnp.maximum(number, 1))
-    return optax.tree.where(number == 1, optax.tree.cast_like(params, mean), moved)
+    return optax.tree.where(number == 1, tree_math.cast_like(params, mean), moved)
 
 
 def ends_period(step: jax.Array, begin: int, period: int | Sequence[int]) -> jax.Array:

@@ -13,7 +13,9 @@ from flatopt._core.timing import value_at
 
 def power_share(exponent: Any, number: jax.Array) -> jax.Array:
     r""":math:`1 - (1 - 1/n)^{\gamma + 1}`, without the cancellation that it suffers at large n."""
-    return -jnp.expm1((exponent + 1) * jnp.log1p(-1 / number))
+    # The first share is 1; its logarithm is infinite, which `jax_debug_infs` would stop at.
+    share = -jnp.expm1((exponent + 1) * jnp.log1p(-1 / jnp.maximum(number, 2)))
+    return jnp.where(number > 1, share, 1)
 
 
 @registry.method("average")

@@ -41,21 +41,32 @@ def running_mean(
     start: int | None,
     every: int | None,
     accumulator_dtype: Any,
+    initial: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """The stage that the factory `name` returns; `weighting` gives the share of each model."""
+    """The stage that the factory `name` returns; `weighting` gives the share of each model.
+
+    With `initial`, the weights at the beginning of the first period are a model too, the first one.
+    """
     when = Every.after_update(start, every)
+    at_init = initial and when.begin <= 0
+    if initial and not at_init:
+        when = Every(when.begin, when.every, always=False)
 
     def init_fn(params: optax.Params) -> AverageState:
-        return AverageState(
+        state = AverageState(
             step=jnp.zeros([], jnp.int32),
             total_weight=jnp.zeros([], jnp.result_type(float)),
             mean=means.zeros(params, accumulator_dtype),
         )
+        return enter(state, params, jnp.zeros_like(state.step)) if at_init else state
 
-    def collect(state: AverageState, params: optax.Params) -> AverageState:
-        number = when.turns_before(optax.safe_increment(state.step))
+    def enter(state: AverageState, params: optax.Params, number: jax.Array) -> AverageState:
         total_weight, share = weighting(state.total_weight, number, state.step)
         mean = means.towards(state.mean, params, share)
         return AverageState(state.step, total_weight, mean)
+
+    def collect(state: AverageState, params: optax.Params) -> AverageState:
+        number = when.turns_before(optax.safe_increment(state.step))
+        return enter(state, params, number + 1 if at_init else number)
 
     return stage.observer(name, init_fn, collect, when)

@@ -71,7 +71,8 @@ def check_weights(weights: Weights) -> Any:
         raise ValueError(
             f"weights={weights!r} must be finite numbers >= 0, one a batch, and not all zero."
         )
-    return array
+    # Only ratios count: times a power of two, which keeps every bit, they fit into float32.
+    return np.ldexp(array, -np.frexp(array.max())[1])
 
 
 def mean_over(data: Data, function: Function, *args: Any) -> Any:
@@ -281,7 +282,10 @@ def _scan(function: Function, args: tuple[Any, ...], batches: Batches, weights: 
 
 @jax.jit
 def _add(total: Any, value: Any, weight: jax.Array) -> Any:
-    return jax.tree.map(lambda t, v: t + (weight * v).astype(t.dtype), total, value)
+    # A batch without weight adds nothing, not even its NaN.
+    return jax.tree.map(
+        lambda t, v: t + jnp.where(weight > 0, weight * v, 0).astype(t.dtype), total, value
+    )
 
 
 def _zeros_like(tree: Any) -> Any:

@@ -104,9 +104,20 @@ def require_arrays(name: str, tree: Any) -> None:
         if not (hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)):
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} is {leaf!r:.80} and no array. Pass the arrays "
-                "alone: of an Equinox module, `params, static = eqx.partition(model, "
-                "eqx.is_inexact_array)`, with `eqx.combine(params, static)` inside the loss."
+                "alone: of an Equinox module `eqx.filter(model, eqx.is_inexact_array)`; "
+                "flatopt.equinox.make_grad_fn and flatopt.equinox.eval_params take it whole."
             )
+
+
+def require_value(name: str, value: Any) -> Any:
+    """Returns the loss; raises unless the caller handed it over."""
+    if value is None:
+        raise ValueError(
+            f"flatopt.{name} needs the loss at the parameters. Write\n"
+            "    loss, grads = jax.value_and_grad(loss_fn)(params, batch)\n"
+            "    updates, opt_state = tx.update(grads, opt_state, params, value=loss)"
+        )
+    return value
 
 
 def require_grad_fn(
@@ -133,6 +144,17 @@ def require_grad_fn(
         return grads
 
     return checked
+
+
+def require_value_fn(name: str, grad_fn: Any) -> Callable[[Any], jax.Array]:
+    """Returns `grad_fn.value`, the loss; raises unless there is one."""
+    value = getattr(grad_fn, "value", None)
+    if not callable(value):
+        raise ValueError(
+            f"flatopt.{name} compares losses, and grad_fn={grad_fn!r:.80} gives gradients alone. "
+            f"Use `{_CALL}`, or give yours a method `value(params)` that returns the loss."
+        )
+    return value
 
 
 def _require_two_arguments(grad_fn: Callable[..., Any], params: Any) -> None:

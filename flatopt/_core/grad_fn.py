@@ -18,6 +18,7 @@ class GradientFunction(Protocol):
     The second argument numbers the extra evaluations inside one `update`, from 0. Use it to pick a
     minibatch or to fold it into a random key; ignore it to evaluate everything on one batch. The
     result is the gradient alone, already averaged over devices as the training loop wants it.
+    A stage that compares losses also asks for a method `value(params)`, which `GradFn` has.
     """
 
     def __call__(self, params: optax.Params, i: jax.typing.ArrayLike, /) -> optax.Updates:
@@ -67,18 +68,30 @@ class GradFn:
         """
         checks.require_arrays("params", params)
         function = jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)
+        value, grads = self._mean(function, params)
+        return value, grads if self.microbatches is None else tree_math.cast_like(grads, params)
+
+    def value(self, params: optax.Params) -> jax.Array:
+        """Returns the loss alone, by a forward pass at `params`; auxiliary output is dropped."""
+
+        def loss(params: optax.Params, *args: Any, **kwargs: Any) -> Any:
+            value = self.loss_fn(params, *args, **kwargs)
+            return value[0] if self.has_aux else value
+
+        return self._mean(loss, params)
+
+    def _mean(self, function: Callable[..., Any], params: optax.Params) -> Any:
+        """`function` of the batch, or its mean over the microbatches."""
         if self.microbatches is None:
             return function(params, *self.args, **self.kwargs)
-        mean = _mean_accumulator(self.microbatches)
         arrays = (self.weights, *self.args)
-        value_and_grad = optax.microbatching.microbatch(
+        mean = optax.microbatching.microbatch(
             self._share_of_the_mean(function),
             argnums=tuple(range(1, 1 + len(arrays))),
             microbatch_size=_microbatch_size(arrays, self.microbatches),
-            accumulator=(mean, mean),
+            accumulator=_mean_accumulator(self.microbatches),
         )
-        value, grads = value_and_grad(params, *arrays, **self.kwargs)
-        return value, optax.tree.cast_like(grads, params)
+        return mean(params, *arrays, **self.kwargs)
 
     def _share_of_the_mean(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` of a microbatch, times its weight over the mean weight of a microbatch."""

@@ -64,12 +64,13 @@ def reached(params: optax.Params, updates: optax.Updates) -> optax.Params:
 
 
 def moves(target: optax.Params, params: optax.Params, updates: optax.Updates) -> optax.Updates:
-    """The updates, in the dtypes of `updates`, that take `params` to `target`."""
+    """The updates, in dtypes that hold the parameters' numbers, that take `params` to `target`."""
 
     def leaf(target: jax.Array, param: jax.Array, update: jax.Array) -> jax.Array:
         if not jnp.issubdtype(target.dtype, jnp.inexact):
             return update
-        return (target - param).astype(update.dtype)
+        dtype = jnp.promote_types(jnp.result_type(update), jnp.result_type(param))
+        return (target - param).astype(dtype)
 
     return jax.tree.map(leaf, target, params, updates)
 

@@ -73,7 +73,7 @@ def reset_if(
     """
 
     def start_anew(own: Any) -> Any:
-        return reset(own, init(optax.tree.cast_like(point, params)), params)
+        return reset(own, init(tree_math.cast_like(point, params)), params)
 
     return tree_math.apply_if(due, start_anew, state)
 

@@ -81,7 +81,7 @@ def _last(holds: Callable[[jax.Array], jax.Array], dtype: Any, bits: int) -> jax
     """The greatest number of `bits` bits for which `holds`; it must hold for all below, too."""
 
     def decide(i: jax.Array, found: jax.Array) -> jax.Array:
-        candidate = found | (jnp.ones([], dtype) << (bits - 1 - i).astype(dtype))
+        candidate = found | (jnp.ones([], dtype) << jnp.asarray(bits - 1 - i, dtype))
         return jnp.where(holds(candidate), candidate, found)
 
     return jax.lax.fori_loop(0, bits, decide, jnp.zeros([], dtype))

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flatopt._core import tree_math
+
 KeyLike = Any  # An int seed, a typed key, or raw uint32 key data.
 Words = tuple[jax.Array, jax.Array]  # Two uint32 arrays.
 
@@ -56,7 +58,8 @@ class Stream:
 
     def init(self) -> jax.Array:
         """Raw uint32 data of the key, in a buffer of its own."""
-        return jnp.array(jax.random.key_data(as_key(self._key)))
+        # Computed, as `split` does, so that on a mesh both are laid out, and compiled for, alike.
+        return jax.random.key_data(as_key(self._key)) ^ jnp.uint32(0)
 
     def split(self, data: jax.Array) -> tuple[jax.Array, jax.Array]:
         """New key data to keep, and a typed key to use now."""
@@ -157,6 +160,8 @@ def uniform_from(words: Words) -> jax.Array:
 def normal_like(key: jax.Array, tree: Any) -> Any:
     """Standard normal draws, one an entry: in float32 or complex64 whatever the precision.
 
+    Zeros for what has no place to be moved to: counters, flags, random keys.
+
     So a run in float64 sees the noise that the same run in float32 sees. What adds a draw to half
     precision is one pass with it: in float32 it stands in registers only.
     """
@@ -172,14 +177,24 @@ def normal_like(key: jax.Array, tree: Any) -> Any:
 
 
 def uniform_like(key: jax.Array, tree: Any) -> Any:
-    """Draws from [0, 1) in float32, one an entry."""
+    """Draws from [0, 1) in float32, one an entry; zeros for counters, flags, random keys."""
     return _draw_like(key, tree, uniform_from)
+
+
+def signs_like(key: jax.Array, tree: Any) -> Any:
+    """Draws of -1 or 1 in float32, one an entry; zeros for counters, flags, random keys."""
+
+    def leaf(x: Any, u: jax.Array) -> jax.Array:
+        return jnp.where(u < 0.5, -1.0, 1.0).astype(u.dtype) if tree_math.is_inexact(x) else u
+
+    return jax.tree.map(leaf, tree, uniform_like(key, tree))
 
 
 def _draw_like(key: jax.Array, tree: Any, transform: Callable[[Words], jax.Array]) -> Any:
     """Independent draws, one an entry of `tree`, each lying where its leaf lies."""
     leaves, structure = jax.tree.flatten(tree)
-    small = [leaf for leaf in leaves if leaf.size <= JOINED_SIZE]
+    leaves = [jnp.asarray(x) if tree_math.is_inexact(x) else x for x in leaves]
+    small = [x for x in leaves if tree_math.is_inexact(x) and x.size <= JOINED_SIZE]
     joined: Iterator[jax.Array] = iter(())
     if small:
         row = functools.partial(_words, key, 0)
@@ -187,7 +202,9 @@ def _draw_like(key: jax.Array, tree: Any, transform: Callable[[Words], jax.Array
         joined = iter(_cut(drawn, small, jax.random.key_data(key)))
     numbers = itertools.count(1)
 
-    def leaf(x: jax.Array) -> jax.Array:
+    def leaf(x: Any) -> jax.Array:
+        if not tree_math.is_inexact(x):
+            return jnp.zeros(jnp.shape(x))
         if x.size <= JOINED_SIZE:
             return next(joined)
         kind = jax.typeof(x)

@@ -87,6 +87,12 @@ class Every:
         """How often the method has acted before, if it acts when `step` updates have been made."""
         return (step - min(self.start, LAST)) // min(self.every, LAST)
 
+    def latest(self, step: jax.Array) -> jax.Array:
+        """Number of updates made when the method acted last, itself if it acts at `step`."""
+        if self.every > LAST:
+            return jnp.full_like(step, min(self.start, LAST))
+        return step - (step - self.start) % self.every
+
     def run(self, step: jax.Array, function: Callable[[Any], Any], carry: Any) -> Any:
         """`function(carry)`, which must look like `carry`, if it is due; else `carry`."""
         if self.always:

@@ -44,7 +44,8 @@ def vdot(tree: Any, other: Any) -> jax.Array:
     if other is tree:
         return _sum_of_products(x, x)
     pairs = jax.tree.leaves(jax.tree.map(_Pair, tree, other), is_leaf=_is_pair)
-    return _sum_of_products(x, [pair.second for pair in pairs if _is_inexact(pair.first)])
+    seconds = [jnp.asarray(pair.second) for pair in pairs if is_inexact(pair.first)]
+    return _sum_of_products(x, seconds)
 
 
 def norm(tree: Any) -> jax.Array:
@@ -66,6 +67,9 @@ def norm(tree: Any) -> jax.Array:
         return jnp.sqrt(_sum_of_products(moved, moved)) * inverse
 
     is_plain = (square > SMALLEST_SQUARE) & (square < LARGEST_SQUARE)
+    if any(jax.typeof(x).sharding.mesh.are_all_axes_explicit for x in leaves):
+        # Under `jax.vmap` a branch becomes a choice of all leaves, which JAX cannot lay out here.
+        return apply_if(~is_plain, lambda _: scaled(), jnp.sqrt(square))
     return jax.lax.cond(is_plain, lambda: jnp.sqrt(square), scaled)
 
 
@@ -97,9 +101,14 @@ def _is_pair(node: Any) -> bool:
     return isinstance(node, _Pair)
 
 
+def size(tree: Any) -> int:
+    """Number of entries that a gradient moves."""
+    return sum(x.size for x in _inexact_leaves(tree))
+
+
 def square(x: jax.Array) -> jax.Array:
     """Squared absolute values, in float32 at least."""
-    wide = x.astype(accumulator_dtype(x.dtype))
+    wide = jnp.asarray(x, accumulator_dtype(jnp.result_type(x)))
     return (wide.conj() * wide).real
 
 
@@ -109,19 +118,41 @@ def ratio_or_zero(numerator: Any, denominator: jax.Array) -> jax.Array:
     return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), 0)
 
 
-def map_by_shape(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
-    """`jax.tree.map`, with `function` traced and lowered once for all leaves of a shape."""
-    return jax.tree.map(jax.jit(function), tree, *others)
+def on_inexact(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """`function` leaf by leaf, in the dtypes of `tree`.
+
+    Counters, flags and random keys stay, and what `optax.masked` has cut out of the others.
+    """
+
+    def leaf(x: Any, *rest: Any) -> Any:
+        if any(map(is_masked, rest)) or not all(map(is_inexact, (x, *rest))):
+            return x
+        # Python's and numpy's numbers have no dtype, or one that JAX does not use.
+        return jnp.asarray(function(x, *rest), jnp.result_type(x))
+
+    return jax.tree.map(leaf, tree, *others)
+
+
+def widened(tree: Any, like: Any) -> Any:
+    """`tree`, each leaf in a dtype that also holds the numbers of its leaf of `like`.
+
+    So that an update can lead from one of them to another, whatever precision the gradients have.
+    """
+
+    def leaf(x: Any, other: Any) -> Any:
+        return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.result_type(other)))
+
+    return jax.tree.map(lambda x, y: leaf(x, y) if is_inexact(x) else x, tree, like)
 
 
 def scale(scalar: Any, tree: Any) -> Any:
     """`scalar * tree`, each leaf in its own dtype."""
-    return jax.tree.map(lambda x: (scalar * x).astype(x.dtype), tree)
+    return on_inexact(lambda x: scalar * x, tree)
 
 
 def add_scaled(tree: Any, scalar: Any, other: Any) -> Any:
     """`tree + scalar * other`, in the dtypes of `tree`."""
-    return jax.tree.map(lambda x, y: (x + scalar * y).astype(x.dtype), tree, other)
+    return on_inexact(lambda x, y: x + scalar * y, tree, other)
 
 
 def orthogonal(tree: Any, to: Any) -> Any:
@@ -160,9 +191,30 @@ def apply_if(predicate: jax.Array, function: Callable[[Any], Any], carry: Any) -
     return jax.lax.fori_loop(0, predicate.astype(jnp.int32), turn, carry)
 
 
-def as_dtype_of(x: Any, like: jax.Array) -> jax.Array:
+def as_dtype_of(x: Any, like: Any) -> jax.Array:
     """`x` in the dtype of `like`."""
-    return jnp.asarray(x) if jnp.result_type(x) == like.dtype else jnp.asarray(x, like.dtype)
+    # Of Python's and numpy's numbers too: JAX may not use the dtype that they bring.
+    own = jnp.result_type(like)
+    return jnp.asarray(x) if jnp.result_type(x) == own else jnp.asarray(x, own)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """`tree`, each leaf in the dtype of its leaf of `like`."""
+    return jax.tree.map(as_dtype_of, tree, like)
+
+
+def as_stored(tree: Any) -> Any:
+    """`tree`, rounded as memory holds it.
+
+    Within a program XLA computes half precision in single and rounds what it stores alone: what is
+    to be taken back later from a state has to be added as it stands there.
+    """
+
+    def leaf(x: jax.Array) -> jax.Array:
+        info = jnp.finfo(x.dtype)
+        return x if info.bits >= 32 else jax.lax.reduce_precision(x, info.nexp, info.nmant)
+
+    return jax.tree.map(lambda x: leaf(x) if is_inexact(x) else x, tree)
 
 
 def groups(leaves: list[jax.Array], alone: Collection[int] = ()) -> list[list[int]]:
@@ -210,12 +262,13 @@ def is_masked(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
 
 
-def _is_inexact(x: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+def is_inexact(x: Any) -> bool:
+    """Whether a gradient moves `x`, and it has a mean: no counter, flag, or random key."""
+    return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
 
 
 def _inexact_leaves(tree: Any) -> list[jax.Array]:
-    return [jnp.asarray(x) for x in jax.tree.leaves(tree) if _is_inexact(x)]
+    return [jnp.asarray(x) for x in jax.tree.leaves(tree) if is_inexact(x)]
 
 
 def _join(leaves: list[jax.Array], group: list[int]) -> jax.Array:
@@ -226,10 +279,4 @@ def _join(leaves: list[jax.Array], group: list[int]) -> jax.Array:
 
 def move(params: optax.Params, scale: jax.typing.ArrayLike, direction: Any) -> optax.Params:
     """`params + scale * direction`, in the dtypes of `params`; masked leaves stay."""
-
-    def leaf(param: jax.Array, towards: Any) -> jax.Array:
-        if is_masked(towards):
-            return param
-        return (param + scale * towards).astype(param.dtype)
-
-    return jax.tree.map(leaf, params, direction)
+    return on_inexact(lambda param, towards: param + scale * towards, params, direction)

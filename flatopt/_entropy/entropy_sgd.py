@@ -51,8 +51,8 @@ def outer_step(b: Any, d: Any, w: Any, now: Numbers, damp: Any, nesterov: Any) -
 
     Returns the direction to step along, D + beta b or b, and the new b.
     """
-    d = jax.tree.map(lambda d, w: decayed(d, w, now.decay).astype(d.dtype), d, w)
-    b = jax.tree.map(lambda b, d: (now.beta * b + (1 - damp) * d).astype(b.dtype), b, d)
+    d = tree_math.add_scaled(d, now.decay, w)
+    b = tree_math.on_inexact(lambda b, d: now.beta * b + (1 - damp) * d, b, d)
     return (tree_math.add_scaled(d, now.beta, b) if nesterov else b), b
 
 
@@ -168,10 +168,14 @@ def entropy_sgd(
     def update_fn(
         updates: Any, state: EntropySgdState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, EntropySgdState]:
+        if params is not None:
+            updates = tree_math.widened(updates, params)
         d, inner = loop.update(updates, state.local_entropy_state, params, **extra_args)
         now, b = outer.at(state.step), state.trace
         if program.outer_momentum:
-            b = optax.tree.where(state.step == 0, updates, b) if program.seeded else b
+            if program.seeded:
+                first = tree_math.cast_like(updates, b)
+                b = optax.tree.where(state.step == 0, first, b)
             d, b = outer_step(b, d, params, now, damp=dampening, nesterov=nesterov)
         # The rate, not the gradient: the momentum holds distances, whatever gamma was.
         eta = now.eta * now.gamma * inner.unit if scaled else now.eta

@@ -56,8 +56,8 @@ def thermal_noise(
         step = state.step if step is None else step
         eta, heat = (value_at(v, step) for v in (learning_rate, temperature))
         key_later, key_now = stream.split(state.key)
-        kicked = tree_math.map_by_shape(
-            lambda u, xi: (u + thermal_kick(xi, eta, heat)).astype(u.dtype),
+        kicked = tree_math.on_inexact(
+            jax.jit(lambda u, xi: u + thermal_kick(xi, eta, heat)),  # Traced once for a shape.
             updates,
             rng.normal_like(key_now, updates),
         )

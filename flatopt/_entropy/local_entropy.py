@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, registry, rng, tree_math
+from flatopt._core import checks, means, registry, rng, tree_math
 from flatopt._core.timing import value_at
 from flatopt._entropy.langevin import thermal_noise
 
@@ -156,7 +156,7 @@ def local_entropy(
             unit = jnp.where(measures, found, unit).astype(unit.dtype)
         if num_steps:
             factor = now.gamma * unit if scale_by_gamma else 1
-            updates = optax.tree.cast_like(tree_math.scale(factor, away), updates)
+            updates = tree_math.cast_like(tree_math.scale(factor, away), updates)
         return updates, LocalEntropyState(optax.safe_increment(state.step), unit, noise_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -185,7 +185,7 @@ def _explore(
     extra_args = dict(extra_args)
     grad_fn = extra_args.pop("grad_fn", None)
     extra_args.pop("value", None)
-    start = jax.tree.map(lambda w: w.astype(tree_math.accumulator_dtype(w.dtype)), params)
+    start = means.copy(params)
     still = optax.tree.zeros_like(start)
 
     def descend(number: Any, grads: optax.Updates, carry: Any) -> Any:
@@ -200,11 +200,12 @@ def _explore(
         gradient = checks.require_grad_fn("local_entropy", grad_fn, params)
 
         def body(number: Any, carry: Any) -> Any:
-            grads = gradient(optax.tree.cast_like(carry[0], params), number - loop.first)
+            grads = gradient(tree_math.cast_like(carry[0], params), number - loop.first)
             return descend(number, grads, carry)
 
         carry = jax.lax.fori_loop(loop.first, loop.num_steps, body, carry)
-    return tree_math.map_by_shape(jnp.subtract, start, carry[1]), carry[3]
+    away = tree_math.on_inexact(jax.jit(lambda _, w, mu: w - mu), still, start, carry[1])
+    return away, carry[3]
 
 
 def _check_ranges(numbers: Numbers) -> None:
@@ -246,6 +247,8 @@ def _advance(
 
     @jax.jit  # Traced once for all leaves of a shape.
     def leaf(y: Any, mu: Any, v: Any, g: Any, w: Any, xi: Any) -> tuple[Any, Any, Any]:
+        if not tree_math.is_inexact(y):
+            return y, mu, v
         new_y, new_v = step(y, v, g, w, xi, now)
         new_y = new_y.astype(y.dtype)
         return new_y, follow(mu, new_y, now.past), new_v.astype(v.dtype)

@@ -13,7 +13,6 @@ from flatopt._replicas.replicas import (
     agreed,
     along_replicas,
     mean_over,
-    on_means,
     own_axis,
 )
 
@@ -35,7 +34,7 @@ def pull(grads: Any, params: optax.Params, centre: optax.Params, gamma: Any) -> 
 
     Integer and bool leaves have no centre, and no spring.
     """
-    return on_means(lambda g, w, mean: g + gamma * (w - mean), grads, params, centre)
+    return tree_math.on_inexact(lambda g, w, mean: g + gamma * (w - mean), grads, params, centre)
 
 
 def balancing_strength(value: Any, params: optax.Params, axis_name: AxisName) -> jax.Array:
@@ -46,7 +45,7 @@ def balancing_strength(value: Any, params: optax.Params, axis_name: AxisName) ->
     Zero when the replicas coincide: they then need no spring.
     """
     mean = mean_over(params, axis_name)
-    away = on_means(lambda mean, w: w - mean, mean, params)  # Of counters nothing is measured.
+    away = tree_math.on_inexact(lambda mean, w: w - mean, mean, params)
     value, energy = mean_over((value, 0.5 * tree_math.vdot(away, away)), axis_name)
     return tree_math.ratio_or_zero(value, energy).astype(jnp.result_type(float))
 
@@ -106,7 +105,7 @@ def couple_replicas(
         made = agreed(step, axes)
 
         def pulled(grads: optax.Updates) -> optax.Updates:
-            gamma = value_at(strength, state.step) * unit * (every or 1)
+            gamma = value_at(strength, state.step) * unit * float(when.every)
             return pull(grads, params, mean_over(params, axes), gamma)
 
         if automatic is None:

@@ -12,9 +12,7 @@ from flatopt._core import checks, registry, tree_math
 from flatopt._replicas.replicas import (
     AxisName,
     for_each,
-    has_mean,
     mean_over,
-    on_means,
     own_axis,
 )
 
@@ -87,7 +85,7 @@ def mix_all(params: optax.Params, mixing: Any) -> optax.Params:
     r"""The weights mixed, :math:`\tilde w_a = \sum_b W_{ab} w_b`, of all replicas at once."""
 
     def leaf(x: jax.Array) -> jax.Array:
-        if len(x) == 1 or not has_mean(x):
+        if len(x) == 1 or not tree_math.is_inexact(x):
             return x
         matrix = mixing_matrix(mixing, len(x)) if isinstance(mixing, str) else mixing
         _check_size(matrix, len(x))
@@ -114,7 +112,7 @@ def mix_one(params: optax.Params, mixing: Any, axis_name: AxisName) -> optax.Par
     number = jax.lax.axis_size(axis_name)
 
     def leaf(x: jax.Array) -> jax.Array:
-        if number == 1 or not has_mean(x):
+        if number == 1 or not tree_math.is_inexact(x):
             return x
         own = x.astype(tree_math.accumulator_dtype(x.dtype))
         if not isinstance(mixing, str):
@@ -137,7 +135,8 @@ def move_from_mixed(
     moves: optax.Updates, mixed: optax.Params, params: optax.Params
 ) -> optax.Updates:
     r"""The update that leads to :math:`\tilde w_a + u`, which is :math:`u + (\tilde w_a - w_a)`."""
-    return on_means(lambda u, new, old: u + (new - old), moves, mixed, params)
+    wide = tree_math.widened(moves, params)
+    return tree_math.on_inexact(lambda u, new, old: u + (new - old), wide, mixed, params)
 
 
 @registry.method("wrapper")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, registry, rng
+from flatopt._core import checks, registry, rng, tree_math
 from flatopt._core.eval_params import eval_params
 from flatopt._core.grad_fn import GradientFunction
 from flatopt._replicas.replicas import barycentre, replicate_params
@@ -132,7 +132,7 @@ def _all_gradients(
     gradient = checks.require_grad_fn("hold_replicas", grad_fn, params)
     # One after another: side by side, the activations of all would be in memory.
     others, first = jax.lax.optimization_barrier((others, first))
-    return _join(first, optax.tree.cast_like(_map(evaluation, gradient, others, number - 1), first))
+    return _join(first, tree_math.cast_like(_map(evaluation, gradient, others, number - 1), first))
 
 
 def _own_grad_fn(
@@ -176,8 +176,10 @@ def _stack(trees: list[Any]) -> Any:
 def _join(first: Any, others: Any) -> Any:
     """One tree with a leading replica axis from one tree without and one with, or None."""
     if others is None:
-        return jax.tree.map(lambda x: x[None], first)
-    return jax.tree.map(lambda x, rest: jnp.concatenate([x[None], rest]), first, others)
+        return jax.tree.map(lambda x: jnp.asarray(x)[None], first)
+    return jax.tree.map(
+        lambda x, rest: jnp.concatenate([jnp.asarray(x)[None], rest]), first, others
+    )
 
 
 def _others(replicas: Any) -> Any:

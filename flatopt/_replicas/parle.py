@@ -6,15 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, means, registry
+from flatopt._core import checks, means, registry, tree_math
 from flatopt._core.timing import Every, value_at
 from flatopt._replicas.replicas import (
     AxisName,
     agreed,
     along_replicas,
     barycentre,
-    has_mean,
-    on_means,
     own_axis,
 )
 
@@ -39,29 +37,29 @@ class ParleState(NamedTuple):
 
 def inner_direction(grads: Any, y: optax.Params, x: optax.Params, gamma: Any) -> optax.Updates:
     r"""The gradient and the spring to the anchor, :math:`d = \nabla L(y) + \gamma \, (y - x)`."""
-    return on_means(lambda g, y, x: g + gamma * (y - x), grads, y, x)
+    return tree_math.on_inexact(lambda g, y, x: g + gamma * (y - x), grads, y, x)
 
 
 def outer_direction(
     x: optax.Params, z: optax.Params, centre: optax.Params, rho: Any
 ) -> optax.Updates:
     r"""The pull at a synchronisation, :math:`D = (x - z) + \rho \, (x - \bar z)`."""
-    return on_means(lambda x, z, mean: (x - z) + rho * (x - mean), x, z, centre)
+    return tree_math.on_inexact(lambda x, z, mean: (x - z) + rho * (x - mean), x, z, centre)
 
 
 def add_to_momentum(v: optax.Updates, d: optax.Updates, beta: Any) -> optax.Updates:
     r"""The momentum :math:`v \leftarrow \beta v + d`."""
-    return on_means(lambda v, d: beta * v + d, v, d)
+    return tree_math.on_inexact(lambda v, d: beta * v + d, v, d)
 
 
 def descend(y: optax.Params, d: optax.Updates, v: optax.Updates, eta: Any) -> optax.Params:
     r"""A step with Nesterov's momentum, :math:`y \leftarrow y - \eta \, (d + v)`."""
-    return on_means(lambda y, d, v: y - eta * (d + v), y, d, v)
+    return tree_math.on_inexact(lambda y, d, v: y - eta * (d + v), y, d, v)
 
 
 def running_mean(z: optax.Params, y: optax.Params, a: Any) -> optax.Params:
     r"""The mean of the inner points, :math:`z \leftarrow a z + (1 - a) \, y`."""
-    return on_means(lambda z, y: a * z + (1 - a) * y, z, y)
+    return tree_math.on_inexact(lambda z, y: a * z + (1 - a) * y, z, y)
 
 
 @registry.method("optimizer")
@@ -128,7 +126,9 @@ def parle(
 
         carry = (point, state.anchor, state.outer_trace)
         point, anchor, outer_trace = when.run(agreed(step, axes), synchronise, carry)
-        return _moves(point, params), ParleState(step, anchor, mean, inner_trace, outer_trace)
+        return _moves(point, params, updates), ParleState(
+            step, anchor, mean, inner_trace, outer_trace
+        )
 
     return along_replicas("parle", _init_one, update_one, axis_name)
 
@@ -143,10 +143,7 @@ def _init_one(params: optax.Params) -> ParleState:
     )
 
 
-def _moves(y: optax.Params, params: optax.Params) -> optax.Updates:
-    """The updates that take the parameters to y; none of what does not move."""
-
-    def leaf(y: jax.Array, w: jax.Array) -> jax.Array:
-        return (y - w).astype(w.dtype) if has_mean(w) else jnp.zeros_like(w)
-
-    return jax.tree.map(leaf, y, params)
+def _moves(y: optax.Params, params: optax.Params, updates: optax.Updates) -> optax.Updates:
+    """The updates that take the parameters to y."""
+    like = tree_math.widened(updates, params)
+    return tree_math.on_inexact(lambda _, y, w: y - w, like, y, params)

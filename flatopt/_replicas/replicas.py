@@ -16,20 +16,6 @@ AxisName = str | tuple[str, ...]
 LEADING_AXIS = "flatopt_replicas"
 
 
-def has_mean(x: Any) -> bool:
-    """Whether replicas of `x` can be averaged: not counters, flags, random keys."""
-    return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
-
-
-def on_means(function: Callable[..., jax.Array], tree: Any, *others: Any) -> Any:
-    """`function` leaf by leaf, in the dtypes of `tree`; leaves that have no mean stay."""
-
-    def leaf(x: jax.Array, *rest: jax.Array) -> jax.Array:
-        return function(x, *rest).astype(x.dtype) if all(map(has_mean, (x, *rest))) else x
-
-    return jax.tree.map(leaf, tree, *others)
-
-
 def mean_over(tree: Any, axis_name: AxisName) -> Any:
     r"""The mean over the mapped replicas, in the accumulator's dtype.
 
@@ -39,7 +25,7 @@ def mean_over(tree: Any, axis_name: AxisName) -> Any:
     def leaf(x: jax.Array) -> jax.Array:
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return _first_key(x, axis_name)
-        inexact = has_mean(x)
+        inexact = tree_math.is_inexact(x)
         wide = x.astype(tree_math.accumulator_dtype(x.dtype) if x.dtype != bool else jnp.int32)
         if _must_be_gathered(x):
             # Along a last axis: a new first one JAX would take for the one that is sharded.
@@ -100,7 +86,7 @@ def barycentre(params: optax.Params, axis_name: AxisName | None = None) -> optax
 
 def kick(params: optax.Params, std: jax.typing.ArrayLike, noise: Any) -> optax.Params:
     r"""Where another replica starts, :math:`w + \sigma \, \xi_a`; counters start as they are."""
-    return on_means(lambda w, xi: w + std * xi, params, noise)
+    return tree_math.on_inexact(lambda w, xi: w + std * xi, params, noise)
 
 
 def replicate_params(
@@ -146,7 +132,7 @@ def replicate_params(
     @jax.jit
     def other(key: jax.Array, params: optax.Params) -> optax.Params:
         if init_fn is not None:
-            return optax.tree.cast_like(init_fn(key), params)
+            return tree_math.cast_like(init_fn(key), params)
         return kick(params, std, rng.normal_like(key, params))
 
     # Stacked one by one: each then lies on the devices as `params` does.

@@ -8,11 +8,15 @@ asam                     ASAM (Kwon et al., arXiv:2102.11600): SAM whose step is
                          units of the weights
 ascent                   ascent steps: transformations that map a gradient to a displacement, and
                          their directions
+bsam                     Bayes-SAM (Möllenhoff and Khan, arXiv:2210.01620): SAM that learns a
+                         Gaussian's width
 combiners                combiners: transformations of the perturbed gradient that also see the
                          clean one
 empirical_fisher         squared gradients of single examples, for the masks of sparse SAM
 esam                     ESAM (Du et al., arXiv:2110.03141): random weights ascend, and the
                          hardest examples descend
+fisher_sam               Fisher SAM (Kim et al., arXiv:2206.04920): the ascent is measured in the
+                         Fisher metric
 friendly_sam             Friendly-SAM (Li et al., arXiv:2403.12350): the ascent follows the noise
                          of the batch
 functional_sam           functional SAM (Singh et al., arXiv:2502.02407): the gradient through
@@ -39,14 +43,22 @@ sam_on                   SAM-ON (Müller et al., arXiv:2306.04226): the ascent m
                          normalisation layers only
 sampa                    SAMPa (Xie et al., arXiv:2410.10683): the two gradients of a step do
                          not wait for one another
+sassha                   SASSHA (Shin et al., arXiv:2502.18153): second-order steps whose curvature
+                         is that of SAM
 sparse_sam               Sparse SAM (Mi et al., arXiv:2210.05177): the ascent moves the weights
                          in a mask
+spectral_norm            the ascent step that is steepest in the spectral norm of each matrix:
+                         SAM's for Muon
+unified_sam              Unified SAM (Oikonomou and Loizou, arXiv:2503.02225): an ascent between
+                         normalised and raw
 value_and_grad           SAM's gradients from one graph: the model is traced and compiled once,
                          not once a point
 vasso                    VaSSO (Li and Giannakis, arXiv:2309.15639): the ascent follows the mean
                          of past gradients
 wsam                     WSAM (Yue et al., arXiv:2305.15817): sharpness as a regulariser of its
                          own weight
+xsam                     XSAM (Chen and Zhou, arXiv:2603.10048): SAM that looks for the direction
+                         of the highest loss
 zsharp                   ZSharp (Yun, arXiv:2505.02369): the ascent follows the entries that
                          stand out in their layer
 """

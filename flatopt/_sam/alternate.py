@@ -39,11 +39,11 @@ class AlternateState(NamedTuple):
 
 
 def way_to(target: Any, params: Any, updates: Any) -> optax.Updates:
-    """`target - params` in the dtypes of `updates`.
+    """`target - params` in the dtypes of `updates`, which hold the parameters' numbers.
 
     The difference of two near numbers is exact: the caller's sum gives `target` again.
     """
-    return jax.tree.map(lambda t, p, u: (t - p).astype(u.dtype), target, params, updates)
+    return tree_math.on_inexact(lambda _, t, p: t - p, updates, target, params)
 
 
 @registry.method("wrapper")
@@ -86,28 +86,28 @@ def alternate(
         return AlternateState(step, perturbed, clean, *states)
 
     def update_fn(
-        updates: optax.Updates,
-        state: AlternateState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: Any, state: AlternateState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, AlternateState]:
         checks.require_params("alternate", params)
 
         def leave(carry: tuple[optax.Updates, AlternateState]) -> Any:
-            updates, state = carry
+            moves, state = carry
+            grads = tree_math.cast_like(moves, updates)
             kwargs = extra_args | {"step": state.step}
-            moves, ascent = perturbation.update(updates, state.perturbation_state, params, **kwargs)
-            state = state._replace(clean=params, perturbation_state=ascent)
-            return optax.tree.cast_like(moves, updates), state._replace(perturbed=jnp.array(True))
+            moves, ascent = perturbation.update(grads, state.perturbation_state, params, **kwargs)
+            return moves, state._replace(clean=params, perturbation_state=ascent)
 
         def come_back(carry: tuple[optax.Updates, AlternateState]) -> Any:
-            updates, state = carry
-            moves, inner = optimizer.update(updates, state.inner_state, state.clean, **extra_args)
+            wide, state = carry
+            grads = tree_math.cast_like(wide, updates)
+            moves, inner = optimizer.update(grads, state.inner_state, state.clean, **extra_args)
             target = optax.apply_updates(state.clean, moves)
-            state = state._replace(step=optax.safe_increment(state.step), inner_state=inner)
-            return way_to(target, params, updates), state._replace(perturbed=jnp.array(False))
+            step = optax.safe_increment(state.step)
+            return way_to(target, params, wide), state._replace(step=step, inner_state=inner)
 
-        carry = tree_math.apply_if(state.perturbed, come_back, (updates, state))
-        return tree_math.apply_if(~state.perturbed, leave, carry)
+        wide = tree_math.widened(updates, params)
+        carry = tree_math.apply_if(state.perturbed, come_back, (wide, state))
+        moves, new = tree_math.apply_if(~state.perturbed, leave, carry)
+        return moves, new._replace(perturbed=~state.perturbed)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

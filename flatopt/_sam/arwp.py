@@ -15,10 +15,9 @@ def damp(z: Any, w: Any, fisher: Any, sigma: Any, eta: Any, filter_axis: int | N
     r""":math:`\sigma \, \|w_f\| \, z_f / \sqrt{1 + \eta F_f}` for each filter f."""
 
     def leaf(z: jax.Array, w: jax.Array, f: jax.Array) -> jax.Array:
-        scale = sigma * filter_norms(w, filter_axis) / jnp.sqrt(1 + eta * f)
-        return (scale * z).astype(z.dtype)
+        return sigma * filter_norms(w, filter_axis) / jnp.sqrt(1 + eta * f) * z
 
-    return jax.tree.map(leaf, z, w, fisher)
+    return tree_math.on_inexact(leaf, z, w, fisher)
 
 
 def accumulate(fisher: Any, grads: Any, beta: Any, filter_axis: int | None) -> Any:
@@ -156,7 +155,7 @@ def arwp(
         sigma, now_eta = nonnegative_at(std, step), value_at(eta, step)
         displacement = damp(draws, params, state.fisher, sigma, now_eta, filter_axis)
         grads = gradient(optax.apply_updates(params, displacement), 0)
-        grads = optax.tree.cast_like(grads, updates)
+        grads = tree_math.cast_like(grads, updates)
         fisher = accumulate(state.fisher, grads, value_at(decay, step), filter_axis)
         return grads, AdaptiveFilterNoiseState(optax.safe_increment(step), noise_state, fisher)
 

@@ -59,9 +59,9 @@ def scale_to_norm(
 
 def climb_to_adaptive_norm(grads: Any, units: Any, rho: Any) -> Any:
     r""":math:`\rho \, T^2 g / (\|T g\| + 10^{-12})` with T = `units`, a tree of arrays."""
-    scaled = jax.tree.map(lambda t, g: (t * g).astype(g.dtype), units, grads)
+    scaled = tree_math.on_inexact(lambda g, t: t * g, grads, units)
     factor = rho / (finite_norm(scaled) + tree_math.EPSILON)
-    return jax.tree.map(lambda t, g: (factor * t * g).astype(g.dtype), units, scaled)
+    return tree_math.on_inexact(lambda g, t: factor * t * g, scaled, units)
 
 
 def scale_to_adaptive_norm(
@@ -98,9 +98,10 @@ def scale_to_adaptive_norm(
     def displace(grads: Any, params: Any, rho: Any, eta: Any) -> Any:
         def unit(adaptive: bool, leaves: Any) -> Any:
             """T, one leaf at a time: in units of the weights where `adaptive`, else 1."""
+            real = jax.tree.map(jnp.abs, leaves)
             if not adaptive:
-                return jax.tree.map(lambda w: jnp.ones_like(w, w.real.dtype), leaves)
-            return jax.tree.map(lambda w: (jnp.abs(w) + eta).astype(w.real.dtype), leaves)
+                return jax.tree.map(jnp.ones_like, real)
+            return tree_math.on_inexact(lambda size: size + eta, real)
 
         tree_mask = mask(params) if callable(mask) else (True if mask is None else mask)
         return climb_to_adaptive_norm(grads, jax.tree.map(unit, tree_mask, params), rho)
@@ -171,7 +172,9 @@ def gradient_ema_direction(
     """The transformation around `direction(grads, state, step) -> (direction, new mean)`."""
 
     def init_fn(params: optax.Params) -> GradientEmaState:
-        return GradientEmaState(jnp.zeros([], jnp.int32), means.zeros(params, accumulator_dtype))
+        # Of zeros: the mean of what has none is a copy, here that of a gradient.
+        ema = means.zeros(optax.tree.zeros_like(params), accumulator_dtype)
+        return GradientEmaState(jnp.zeros([], jnp.int32), ema)
 
     def update_fn(
         updates: optax.Updates,
@@ -193,6 +196,9 @@ def gradient_ema_direction(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def follow_mean(decay: Any, mean: Any, grads: Any) -> Any:
-    r""":math:`\lambda m + (1 - \lambda) g`, in the dtypes of the mean."""
-    return optax.tree.cast_like(optax.tree.update_moment(grads, mean, decay, 1), mean)
+def follow_mean(c: Any, mean: Any, grads: Any) -> Any:
+    r""":math:`(1 - c) \, m + c \, g`, in the dtypes of the mean.
+
+    In terms of c = 1 - decay: a decay within 1e-7 of 1 would be rounded to 1 in float32.
+    """
+    return tree_math.on_inexact(lambda m, g: (1 - c) * m + c * g, mean, grads)

@@ -5,7 +5,6 @@
 
 from typing import Any
 
-import jax
 import optax
 
 from flatopt._core import checks, stage, tree_math
@@ -13,9 +12,7 @@ from flatopt._core import checks, stage, tree_math
 
 def mix(perturbed: Any, clean: Any, alpha: Any) -> Any:
     r""":math:`\alpha \, p + (1 - \alpha) \, c`."""
-    return jax.tree.map(
-        lambda p, c: (alpha * p + (1 - alpha) * c).astype(p.dtype), perturbed, clean
-    )
+    return tree_math.on_inexact(lambda p, c: alpha * p + (1 - alpha) * c, perturbed, clean)
 
 
 def mix_clean(

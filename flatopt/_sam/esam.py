@@ -16,7 +16,7 @@ from flatopt._sam.gradient_at import ascent_stage
 def drop(x: jax.Array, u: jax.Array, beta: Any) -> jax.Array:
     r""":math:`m x / \beta` with m = 1 where the uniform draw u is below :math:`\beta`, else 0."""
     # A product, not a zero: what is dropped must not hide inf and NaN.
-    return jnp.where(u < beta, x / beta, 0 * x).astype(x.dtype)
+    return jnp.where(u < beta, x / beta, 0 * x)
 
 
 class DropState(NamedTuple):
@@ -74,7 +74,7 @@ def drop_displacement(
         left, use = stream.split(state.key)
         like = jax.tree.map(lambda _: jnp.zeros([]), updates) if per_tensor else updates
         draws = rng.uniform_like(use, like)
-        dropped = jax.tree.map(lambda x, u: drop(x, u, keep), updates, draws)
+        dropped = tree_math.on_inexact(lambda x, u: drop(x, u, keep), updates, draws)
         return dropped, DropState(optax.safe_increment(state.step), left)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

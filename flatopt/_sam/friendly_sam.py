@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, registry
+from flatopt._core import checks, registry, tree_math
 from flatopt._core.timing import value_at
 from flatopt._sam.ascent import (
     GradientEmaState,
@@ -20,7 +19,7 @@ from flatopt._sam.gradient_at import ascent_stage
 
 def subtract_mean(grads: Any, mean: Any, sigma: Any) -> Any:
     r""":math:`g - \sigma m`: what is left is the noise of the batch."""
-    return jax.tree.map(lambda g, m: (g - sigma * m).astype(g.dtype), grads, mean)
+    return tree_math.on_inexact(lambda g, m: g - sigma * m, grads, mean)
 
 
 def subtract_gradient_ema(
@@ -56,9 +55,9 @@ def subtract_gradient_ema(
 
     def direction(grads: Any, state: GradientEmaState, step: Any) -> tuple[Any, Any]:
         # The mean starts at the first gradient.
-        keep = jnp.where(state.step == 0, 0, value_at(decay, step))
+        share = jnp.where(state.step == 0, 1, 1 - value_at(decay, step))
         noise = subtract_mean(grads, state.ema, value_at(sigma, step))
-        return noise, follow_mean(keep, state.ema, grads)
+        return noise, follow_mean(share, state.ema, grads)
 
     return gradient_ema_direction(direction, accumulator_dtype)
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._core import checks, registry, stage, tree_math
-from flatopt._core.grad_fn import GradientFunction
 from flatopt._core.timing import Every
 
 
@@ -45,6 +44,12 @@ def rise_by_trapezium(displacement: Any, clean: Any, perturbed: Any) -> jax.Arra
     return rise / 2
 
 
+def sharpness(displacement: Any, clean: Any, perturbed: Any) -> SharpnessState:
+    """What the gradients at both ends of an ascent tell of it."""
+    rise = rise_by_trapezium(displacement, clean, perturbed)
+    return SharpnessState(rise, tree_math.cosine(clean, perturbed))
+
+
 @registry.method("stage", needs=("grad_fn",))
 def gradient_at(
     perturbation: optax.GradientTransformation,
@@ -63,7 +68,8 @@ def gradient_at(
       perturbation: transformation from a gradient to a displacement, such as `scale_to_norm(rho)`;
         it is given the parameters before the ascent, and `step=`, the number of the update.
       num_steps: ascent steps n, >= 1, each with a displacement of its own; None is 1. Static.
-      combiner: transformation of :math:`g_n`, given also the clean one as `clean_updates=`. Static.
+      combiner: transformation of :math:`g_n`, given the clean one as `clean_updates=`, the point
+        as `perturbed_params=`, and `grad_fn=`. Static.
       start: number of updates made when it first acts, >= 0; None is 0. Static.
       every: period from there on, >= 1; None is 1. Other updates pass their gradient on. Static.
       record: keeps "sharpness" and "gradient_cosine" of the ascent for `optax.tree.get`. Static.
@@ -91,33 +97,27 @@ def gradient_at(
         return GradientAtState(step, perturbation.init(params), combiner.init(params), kept)
 
     def update_fn(
-        updates: optax.Updates,
-        state: GradientAtState,
-        params: optax.Params | None = None,
-        *,
-        grad_fn: GradientFunction | None = None,
-        **extra_args: Any,
+        updates: Any, state: Any, params: Any = None, *, grad_fn: Any = None, **extra: Any
     ) -> tuple[optax.Updates, GradientAtState]:
         gradient = checks.require_grad_fn("gradient_at", grad_fn, params)
-        extra_args["step"] = state.step
+        extra["step"] = state.step
 
         def climb(i: Any, carry: Any) -> Any:
             point, grads, ascent, way = carry
-            displacement, ascent = perturbation.update(grads, ascent, params, **extra_args)
+            displacement, ascent = perturbation.update(grads, ascent, params, **extra)
             point = optax.apply_updates(point, displacement)
             way = tree_math.move(way, 1, displacement) if record else way
-            return point, optax.tree.cast_like(gradient(point, i), updates), ascent, way
+            return point, tree_math.cast_like(gradient(point, i), updates), ascent, way
 
         def sharp(carry: Any) -> Any:
             clean, ascent, mixing, kept = carry
             way = optax.tree.zeros_like(clean) if record else None
-            _, grads, ascent, way = stage.repeat(num_steps, climb, (params, clean, ascent, way))
+            carry = (params, clean, ascent, way)
+            point, grads, ascent, way = stage.repeat(num_steps, climb, carry)
             if record:
-                rise, cosine = rise_by_trapezium(way, clean, grads), tree_math.cosine(clean, grads)
-                kept = SharpnessState(rise.astype(kept[0].dtype), cosine.astype(kept[1].dtype))
-            grads, mixing = combiner.update(
-                grads, mixing, params, clean_updates=clean, **extra_args
-            )
+                kept = tree_math.cast_like(sharpness(way, clean, grads), kept)
+            seen = {"clean_updates": clean, "perturbed_params": point, "grad_fn": grad_fn}
+            grads, mixing = combiner.update(grads, mixing, params, **(extra | seen))
             return grads, ascent, mixing, kept
 
         carry = (updates, state.perturbation_state, state.combiner_state, state.recorded)

@@ -182,6 +182,6 @@ def scale_to_weighted_norm(rho: optax.ScalarOrSchedule) -> optax.GradientTransfo
 
     def displace(grads: Any, params: Any, rho: Any) -> Any:
         climbed = climb_to_norm(grads, rho)
-        return jax.tree.map(lambda u, w: (jnp.abs(w) * u).astype(u.dtype), climbed, params)
+        return tree_math.on_inexact(lambda u, w: jnp.abs(w) * u, climbed, params)
 
     return stage.perturbation(displace, needs_params="scale_to_weighted_norm", rho=rho)

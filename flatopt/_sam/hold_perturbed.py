@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import optax
 
 from flatopt._core import checks, registry, tree_math
@@ -28,7 +27,8 @@ class HoldPerturbedState(NamedTuple):
 
 def change_offset(update: Any, old: Any, new: Any) -> optax.Updates:
     r"""The centre's update and the offset's, :math:`u + (\epsilon_{t+1} - \epsilon_t)`."""
-    return jax.tree.map(lambda u, o, n: (u + (n - o)).astype(u.dtype), update, old, new)
+    wide = tree_math.widened(update, new)
+    return tree_math.on_inexact(lambda u, o, n: u + (n - o), wide, old, new)
 
 
 @registry.method("wrapper")
@@ -75,12 +75,13 @@ def hold_perturbed(
     ) -> tuple[optax.Updates, HoldPerturbedState]:
         checks.require_params("hold_perturbed", params)
         centre = state.eval_params(params)
+        extra_args["perturbed_params"] = params  # Where the gradient was taken.
         moves, inner_state = optimizer.update(updates, state.inner_state, centre, **extra_args)
         centre = optax.apply_updates(centre, moves)
         offset, perturbation_state = perturbation.update(
             updates, state.perturbation_state, centre, **extra_args
         )
-        offset = optax.tree.cast_like(offset, state.offset)
+        offset = tree_math.cast_like(offset, state.offset)
         moves = change_offset(moves, state.offset, offset)
         return moves, HoldPerturbedState(inner_state, perturbation_state, offset)
 

@@ -29,7 +29,8 @@ def unit_across(perturbed: Any, clean: Any) -> Any:
     across = tree_math.add_scaled(perturbed, -parallel * inverse, clean)
     length = tree_math.norm(across)
     # What rounding and the guard leave of parallel gradients is no direction.
-    rounding = max((jnp.finfo(x.dtype).eps for x in jax.tree.leaves(perturbed)), default=0.0)
+    dtypes = [jnp.result_type(x) for x in jax.tree.leaves(perturbed) if tree_math.is_inexact(x)]
+    rounding = max((jnp.finfo(dtype).eps for dtype in dtypes), default=0.0)
     noise = (8 * rounding + 2 * guard) * tree_math.norm(perturbed)
     return tree_math.scale(jnp.where((length > noise) & (size > 0), 1 / length, 0), across)
 
@@ -146,8 +147,8 @@ def reuse_direction(
             clean, ascent, old = carry
             displacement, ascent = perturbation.update(clean, ascent, params, **extra_args)
             grads = gradient(optax.apply_updates(params, displacement), 0)
-            grads = optax.tree.cast_like(grads, updates)
-            new = optax.tree.cast_like(each(unit_across, grads, clean), old)
+            grads = tree_math.cast_like(grads, updates)
+            new = tree_math.cast_like(each(unit_across, grads, clean), old)
             # Else one overflow would spoil the next updates too.
             finite = jnp.isfinite(tree_math.norm(clean) + tree_math.norm(grads))
             return grads, ascent, optax.tree.where(finite, new, old)

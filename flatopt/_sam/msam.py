@@ -40,13 +40,12 @@ def shift_offset(
 
     With the offset :math:`-s \, m`: :math:`u + s_{t-1} m_{t-1} - s_t m_t`.
     """
-
-    def leaf(u: jax.Array, m_old: Any, m_new: Any) -> jax.Array:
-        if tree_math.is_masked(m_new):
-            return u
-        return (u + (old_scale * m_old - scale * m_new)).astype(u.dtype)
-
-    return jax.tree.map(leaf, update, old_momentum, momentum)
+    return tree_math.on_inexact(
+        lambda u, m_old, m_new: u + (old_scale * m_old - scale * m_new),
+        update,
+        old_momentum,
+        momentum,
+    )
 
 
 @registry.method("wrapper")
@@ -158,15 +157,17 @@ def _displaced(
         **extra_args: Any,
     ) -> tuple[optax.Updates, MsamState]:
         centre = params if off or params is None else state.eval_params(params)
+        extra_args["perturbed_params"] = params  # Where the gradient was taken.
         moves, inner_state = optimizer.update(updates, state.inner_state, centre, **extra_args)
         step = optax.safe_increment(state.step)
         if off:
             return moves, MsamState(step, state.scale, inner_state, state.in_use)
-        new = momenta.find_first(inner_state, updates, "msam")
+        new = tree_math.as_stored(momenta.find_first(inner_state, updates, "msam"))
         old = old_momentum(state, new, updates)
         length = value_at(rho, state.step)
         scale = length / (tree_math.norm(new) + tree_math.EPSILON)
         scale = jnp.asarray(scale, state.scale.dtype)
+        moves = moves if params is None else tree_math.widened(moves, params)
         moves = shift_offset(moves, state.scale, old, scale, new)
         told = in_use({"rho": rho}, {"rho": length})
         return moves, MsamState(step, scale, inner_state, told)

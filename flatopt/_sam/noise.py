@@ -15,7 +15,7 @@ def filter_squares(x: jax.Array, filter_axis: int | None) -> jax.Array:
 
     A bias has one entry a filter: its squares as they are.
     """
-    if x.ndim < 2:
+    if jnp.ndim(x) < 2:
         return tree_math.square(x)
     axis = (-1 if filter_axis is None else filter_axis) % x.ndim
     axes = tuple(a for a in range(x.ndim) if a != axis)
@@ -24,8 +24,12 @@ def filter_squares(x: jax.Array, filter_axis: int | None) -> jax.Array:
 
 def filter_norms(x: jax.Array, filter_axis: int | None) -> jax.Array:
     """Norm of each filter; of a bias, the norm of the whole, since its entries may be zero."""
-    squares = filter_squares(x, filter_axis)
-    return jnp.sqrt(squares if x.ndim > 1 else jnp.sum(squares))
+    wide = jnp.asarray(x, tree_math.accumulator_dtype(jnp.result_type(x)))
+    # Over a power of two, so that squares neither overflow nor underflow, and no bit changes.
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(wide), initial=0))
+    unit = jnp.ldexp(jnp.ones([], wide.real.dtype), jnp.clip(exponent, -120, 120))
+    squares = filter_squares(wide / unit, filter_axis)
+    return unit * jnp.sqrt(squares if jnp.ndim(x) > 1 else jnp.sum(squares))
 
 
 class NoiseState(NamedTuple):
@@ -76,7 +80,7 @@ def standard_normal(key: rng.KeyLike = 0) -> optax.GradientTransformationExtraAr
         # would keep the activations of both in memory.
         key, updates = jax.lax.optimization_barrier((state.key, updates))
         keep, use = stream.split(key)
-        draws = optax.tree.cast_like(rng.normal_like(use, updates), updates)
+        draws = tree_math.cast_like(rng.normal_like(use, updates), updates)
         return draws, NoiseState(keep)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -144,8 +148,8 @@ def filter_noise(
         checks.require_params("filter_noise", params)
         draws, noise_state = noise.update(updates, state.noise_state, params, **kwargs)
         sigma = nonnegative_at(std, state.step if step is None else step)
-        displacement = jax.tree.map(
-            lambda z, w: (sigma * filter_norms(w, filter_axis) * z).astype(z.dtype), draws, params
+        displacement = tree_math.on_inexact(
+            lambda z, w: sigma * filter_norms(w, filter_axis) * z, draws, params
         )
         return displacement, FilterNoiseState(optax.safe_increment(state.step), noise_state)
 

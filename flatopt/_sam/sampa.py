@@ -44,7 +44,7 @@ def both_gradients(
 def keep_finite(latest: Any, old: Any) -> Any:
     """`latest` in the dtypes of `old`: an overflow must not spoil the points of the next step."""
     finite = jnp.isfinite(tree_math.norm(latest))
-    return optax.tree.where(finite, optax.tree.cast_like(latest, old), old)
+    return optax.tree.where(finite, tree_math.cast_like(latest, old), old)
 
 
 class SampaState(NamedTuple):
@@ -131,7 +131,7 @@ def sampa(
         ahead = tree_math.add_scaled(params, jnp.float32(state.step > 0), move)
         perturbed, latest = both_gradients(gradient, ascent, ahead, axis_name)
         grads = combiners.mix(latest, perturbed, values["mix"])
-        grads = optax.tree.cast_like(grads, updates)
+        grads = tree_math.cast_like(grads, updates)
         moves, inner = optimizer.update(grads, state.inner_state, params, **extra_args)
         latest = keep_finite(latest, state.gradient)
         return moves, SampaState(step, inner, latest, in_use(given, values))

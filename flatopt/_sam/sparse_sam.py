@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from flatopt._core import checks, quantile, registry, rng, tree_math
+from flatopt._core.timing import Every
 from flatopt._sam.ascent import mask_displacement, scale_to_norm
 from flatopt._sam.gradient_at import ascent_stage
 
@@ -15,7 +16,7 @@ def number_to_drop(t: Any, live: int, dead: int, drop_rate: Any, decay_steps: in
     r""":math:`\tfrac r2 (1 + \cos(\pi t / T)) \, n` of n live weights, at most the dead ones."""
     share: Any = 1.0
     if decay_steps is not None:
-        share = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(t / decay_steps, 1.0)))
+        share = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(t / float(decay_steps), 1.0)))
     return jnp.minimum(jnp.round(drop_rate * share * live).astype(jnp.int32), dead)
 
 
@@ -120,7 +121,7 @@ def mask_by_fisher(
 
     Cost: 0 extra gradients; 1.25 copies (+2 temporary, read some 55 times by a new mask).
     """
-    _check(sparsity, every)
+    when = _checked(sparsity, every)
     perturbation = checks.as_transformation("perturbation", perturbation)
 
     def init_fn(params: optax.Params) -> FisherMaskState:
@@ -143,11 +144,11 @@ def mask_by_fisher(
             fisher = optax.tree.where(finite, squares, state.fisher)
 
         def renew(carry: tuple[Any, Any]) -> tuple[Any, Any]:
-            number = round((1 - sparsity) * optax.tree.size(carry[1]))
+            number = round((1 - sparsity) * tree_math.size(updates))
             return quantile.largest_in_tree(carry[1], number), optax.tree.zeros_like(carry[1])
 
-        carry = (state.mask, optax.tree.cast_like(fisher, state.fisher))
-        mask, fisher = tree_math.apply_if(state.step % every == 0, renew, carry)
+        carry = (state.mask, tree_math.cast_like(fisher, state.fisher))
+        mask, fisher = when.run(state.step, renew, carry)
         step = optax.safe_increment(state.step)
         return _apply(mask, moves), FisherMaskState(step, mask, fisher, inner)
 
@@ -205,7 +206,7 @@ def mask_at_random(
 
     Cost: 0 extra gradients; 0.25 copies (+2 temporary, read some 110 times by a renewal).
     """
-    _check(sparsity, every)
+    when = _checked(sparsity, every)
     checks.check_count("decay_steps", decay_steps, 1)
     checks.check_number("drop_rate", drop_rate, low=0.0, high=1.0, schedule_allowed=False)
     perturbation = checks.as_transformation("perturbation", perturbation)
@@ -213,7 +214,7 @@ def mask_at_random(
 
     def init_fn(params: optax.Params) -> RandomMaskState:
         left, use = stream.split(stream.init())
-        live = round((1 - sparsity) * optax.tree.size(params))
+        live = round((1 - sparsity) * tree_math.size(params))
         mask = quantile.largest_in_tree(rng.uniform_like(use, params), live)
         return RandomMaskState(jnp.zeros([], jnp.int32), left, mask, perturbation.init(params))
 
@@ -224,11 +225,12 @@ def mask_at_random(
 
         def renew(carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
             left, use = stream.split(carry[1])
-            live, size = round((1 - sparsity) * optax.tree.size(updates)), optax.tree.size(updates)
+            size = tree_math.size(updates)
+            live = round((1 - sparsity) * size)
             dropped = number_to_drop(state.step, live, size - live, drop_rate, decay_steps)
             return regrow(carry[0], updates, rng.uniform_like(use, updates), dropped, live), left
 
-        due = (state.step > 0) & (state.step % every == 0)
+        due = (state.step > 0) & when.is_due(state.step)
         mask, left = tree_math.apply_if(due, renew, (state.mask, state.key))
         step = optax.safe_increment(state.step)
         return _apply(mask, moves), RandomMaskState(step, left, mask, inner)
@@ -236,11 +238,12 @@ def mask_at_random(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check(sparsity: float, every: int) -> None:
+def _checked(sparsity: float, every: int) -> Every:
     checks.check_number(
         "sparsity", sparsity, low=0.0, high=1.0, high_allowed=False, schedule_allowed=False
     )
-    checks.check_count("every", every, 1)
+    checks.check_count("every", every, 1, none_allowed=False)
+    return Every.before_update(None, every)
 
 
 def _apply(mask: Any, displacement: optax.Updates) -> optax.Updates:

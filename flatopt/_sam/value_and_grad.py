@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flatopt._core import checks, stage
+from flatopt._core import checks, stage, tree_math
 from flatopt._core.grad_fn import make_grad_fn
 
 
@@ -63,7 +63,7 @@ def sam_value_and_grad(
 
         def evaluate(point: optax.Params, left: jax.Array) -> tuple[Any, Any]:
             value, grads = grad_fn.value_and_grad(point)
-            grads = optax.tree.cast_like(grads, params)
+            grads = tree_math.cast_like(grads, params)
             displacement, _ = perturbation.update(grads, perturbation_state, params, step=step)
             # The first ascent begins at `params`: the carried point need not outlive its gradient.
             start = params if ascents == 1 else point

@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from flatopt._core import checks, registry
+from flatopt._core import checks, registry, tree_math
 from flatopt._core.timing import value_at
 from flatopt._sam.ascent import (
     GradientEmaState,
@@ -46,8 +46,8 @@ def smooth_gradient(
     checks.check_number("decay", decay, low=0.0, high=1.0, high_allowed=False)
 
     def direction(grads: Any, state: GradientEmaState, step: Any) -> tuple[Any, Any]:
-        mean = follow_mean(value_at(decay, step), state.ema, grads)
-        return optax.tree.cast_like(mean, grads), mean
+        mean = follow_mean(1 - value_at(decay, step), state.ema, grads)
+        return tree_math.cast_like(mean, grads), mean
 
     return gradient_ema_direction(direction, accumulator_dtype)
 

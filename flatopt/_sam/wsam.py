@@ -21,9 +21,7 @@ def sharpness_weight(gamma: Any) -> Any:
 
 def add_sharpness(updates: Any, perturbed: Any, clean: Any, weight: Any) -> Any:
     r"""The decoupled update, :math:`u - \eta \alpha \, (p - c)` with the weight eta alpha."""
-    return jax.tree.map(
-        lambda u, p, c: (u - weight * (p - c)).astype(u.dtype), updates, perturbed, clean
-    )
+    return tree_math.on_inexact(lambda u, p, c: u - weight * (p - c), updates, perturbed, clean)
 
 
 def clip_to_norm(grads: Any, max_norm: Any) -> Any:

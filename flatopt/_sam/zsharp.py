@@ -15,9 +15,9 @@ def keep_outstanding(g: jax.Array, q: jax.typing.ArrayLike) -> jax.Array:
 
     The deviation divides both sides and drops out: it is not computed.
     """
-    if g.size == 0:
+    if jnp.size(g) == 0 or not tree_math.is_inexact(g):
         return g
-    wide = g.astype(tree_math.accumulator_dtype(g.dtype))
+    wide = jnp.asarray(g, tree_math.accumulator_dtype(jnp.result_type(g)))
     distance = jnp.abs(wide - jnp.mean(wide))
     # The slack keeps ties together: the two entries of a pair are equally far from their mean.
     threshold = (1 - 1e-5) * quantile_of(distance, q)

@@ -72,12 +72,8 @@ def keep_alive(mask: Any, tree: Any) -> Any:
 
 def stay_on(mask: Any, params: optax.Params, updates: optax.Updates) -> optax.Updates:
     """The updates that lead from `params` to weights that are zero where the mask is off."""
-    return _map(
-        lambda m, w, u: (u * jnp.where(m, 1, 0) - jnp.where(m, 0, w)).astype(u.dtype),
-        mask,
-        params,
-        updates,
-    )
+    wide = tree_math.widened(updates, params)
+    return _map(lambda m, w, u: u * jnp.where(m, 1, 0) - jnp.where(m, 0, w), mask, params, wide)
 
 
 @registry.method("wrapper")
@@ -153,7 +149,8 @@ def sparse_training(
         take = functools.partial(_step, optimizer, alive, params, extra_args)
         if order == "instead" and grow is not None:
             due = change.is_due(step)
-            moves, stepped = tree_math.apply_if(~due, take, (_widen(updates, params), inner))
+            wide = tree_math.widened(updates, params)
+            moves, stepped = tree_math.apply_if(~due, take, (wide, inner))
             # Zero times the gradient, if it stands there still: what is not finite in it shows.
             moves = tree_math.scale(jnp.where(due, 0, 1), moves)
         else:
@@ -224,11 +221,6 @@ def _step(
     if callable(grad_fn):
         extra_args = extra_args | {"grad_fn": lambda p, i: keep_alive(mask, grad_fn(p, i))}
     return optimizer.update(keep_alive(mask, updates), state, params, **extra_args)
-
-
-def _widen(updates: optax.Updates, params: optax.Params) -> optax.Updates:
-    """The updates in a dtype that holds those of the parameters and theirs."""
-    return jax.tree.map(lambda u, w: u.astype(jnp.promote_types(u.dtype, w.dtype)), updates, params)
 
 
 def _score_fn(

@@ -1,8 +1,12 @@
 """Measures of flatness: pure functions of a loss, parameters and data."""
 
+from flatopt.measures._alignment import Alignment as Alignment
+from flatopt.measures._alignment import align_units as align_units
 from flatopt.measures._barrier import Barrier as Barrier
 from flatopt.measures._barrier import barrier_height as barrier_height
 from flatopt.measures._barrier import linear_barrier as linear_barrier
+from flatopt.measures._barrier import mode_connectivity as mode_connectivity
+from flatopt.measures._critical import critical_sharpness as critical_sharpness
 from flatopt.measures._density import SpectralDensity as SpectralDensity
 from flatopt.measures._density import spectral_density as spectral_density
 from flatopt.measures._eigenvalues import Eigenvalues as Eigenvalues
@@ -12,6 +16,8 @@ from flatopt.measures._geodesic import geodesic_barrier as geodesic_barrier
 from flatopt.measures._gradients import fisher_trace as fisher_trace
 from flatopt.measures._gradients import gradient_norm as gradient_norm
 from flatopt.measures._keskar import keskar_sharpness as keskar_sharpness
+from flatopt.measures._kl_inverse import kl_inverse as kl_inverse
+from flatopt.measures._kl_inverse import seeger_bound as seeger_bound
 from flatopt.measures._local_energy import LocalEnergy as LocalEnergy
 from flatopt.measures._local_energy import local_energy as local_energy
 from flatopt.measures._local_entropy import LocalEntropy as LocalEntropy
@@ -20,16 +26,22 @@ from flatopt.measures._operator import gauss_newton_vector_product as gauss_newt
 from flatopt.measures._operator import hessian_vector_product as hessian_vector_product
 from flatopt.measures._pac_bayes import PacBayesSigma as PacBayesSigma
 from flatopt.measures._pac_bayes import pac_bayes_sigma as pac_bayes_sigma
+from flatopt.measures._pac_bayes_bound import PacBayesBound as PacBayesBound
+from flatopt.measures._pac_bayes_bound import PriorGrid as PriorGrid
+from flatopt.measures._pac_bayes_bound import pac_bayes_bound as pac_bayes_bound
+from flatopt.measures._pac_bayes_bound import prior_grid as prior_grid
+from flatopt.measures._pac_bayes_posterior import GaussianPosterior as GaussianPosterior
+from flatopt.measures._pac_bayes_posterior import pac_bayes_objective as pac_bayes_objective
+from flatopt.measures._pac_bayes_posterior import pac_bayes_optimise as pac_bayes_optimise
 from flatopt.measures._quantise import quantisation_gap as quantisation_gap
 from flatopt.measures._quantise import quantise as quantise
 from flatopt.measures._results import Estimate as Estimate
 from flatopt.measures._sharpness import adaptive_sharpness as adaptive_sharpness
 from flatopt.measures._sharpness import sam_sharpness as sam_sharpness
 from flatopt.measures._similarity import cka as cka
+from flatopt.measures._similarity import jensen_shannon as jensen_shannon
 from flatopt.measures._similarity import prediction_disagreement as prediction_disagreement
-from flatopt.measures._symmetry import Alignment as Alignment
 from flatopt.measures._symmetry import Units as Units
-from flatopt.measures._symmetry import align_units as align_units
 from flatopt.measures._symmetry import chain_units as chain_units
 from flatopt.measures._symmetry import rescale_units as rescale_units
 from flatopt.measures._trace import Trace as Trace

@@ -65,6 +65,41 @@ def barrier_height(positions: jax.Array, losses: jax.Array) -> jax.Array:
     return jnp.max(losses - (1 - share) * losses[0] - share * losses[-1])
 
 
+def mode_connectivity(losses: jax.typing.ArrayLike) -> jax.Array:
+    r"""How a way between two networks compares with its ends, as one number with a sign.
+
+    .. math:: mc = \tfrac12 (L_1 + L_n) - L_{i^*}, \quad
+       i^* = \arg\max_i \, |\tfrac12 (L_1 + L_n) - L_i|
+
+    Args:
+      losses: [n], losses or errors from one end to the other: those of a `Barrier`, or of
+        `flatopt.curves.evaluate`.
+
+    Returns:
+      A scalar: < 0 with a barrier, about 0 where the two are connected, > 0 where the way is
+      better than its ends, which then are not minima; NaN if a loss is NaN.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flatopt import measures
+      >>> print(measures.mode_connectivity(jnp.array([1.0, 4.0, 2.0])))
+      -2.5
+
+    References:
+      Yang and others. Taxonomizing local versus global structure in neural network loss landscapes.
+      arXiv:2107.11228
+
+    Cost: nothing.
+    """
+    losses = jnp.asarray(losses)
+    if losses.ndim != 1 or len(losses) < 2:
+        raise ValueError(
+            f"losses has shape {losses.shape}: it needs one axis of two points or more."
+        )
+    rises = (losses[0] + losses[-1]) / 2 - losses
+    return rises[jnp.argmax(jnp.abs(rises))]
+
+
 @dataclasses.dataclass(frozen=True)
 class Profile:
     """Losses along a path from `params` to `other`.

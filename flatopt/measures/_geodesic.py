@@ -21,6 +21,8 @@ def geodesic(
     other_params: optax.Params,
     position: jax.typing.ArrayLike,
     units: Sequence[Units],
+    *,
+    normalise_output: bool = False,
 ) -> optax.Params:
     r"""A point of the path that turns every hidden unit along the shortest arc.
 
@@ -31,7 +33,7 @@ def geodesic(
 
     Args:
       params, other_params, position: networks of the same shapes, and t in [0, 1], 0 at the first.
-      units: the hidden units: `chain_units(params)`. Static.
+      units, normalise_output: `chain_units(params)`; whether all else has length 1 always. Static.
 
     Returns:
       A tree like `params`.
@@ -43,8 +45,7 @@ def geodesic(
       [1.414 1.414]
 
     References:
-      Pittorino, Ferraro, Perugini, Feinauer, Baldassi, Zecchina. Deep Networks on Toroids.
-      arXiv:2202.03038
+      Pittorino and others. Deep Networks on Toroids. arXiv:2202.03038
 
     Cost: nothing.
     """
@@ -59,12 +60,7 @@ def geodesic(
                 "units names one leaf as incoming of two sets: it turns on one sphere only."
             )
         inside |= {path for path, _ in group.incoming}
-        first_weight, second_weight = _arc(
-            _sum(group.incoming, ours, ours),
-            _sum(group.incoming, theirs, theirs),
-            _sum(group.incoming, ours, theirs),
-            t,
-        )
+        first_weight, second_weight = _weights(group.incoming, ours, theirs, t)
         for path, axis in group.incoming:
             a, b = ours[path], theirs[path]
             first = _symmetry.along(first_weight, a, axis)
@@ -73,9 +69,12 @@ def geodesic(
     rest = [path for path in ours if path not in inside]
     if rest:
         slots = tuple((path, None) for path in rest)
-        first_weight, second_weight = _arc(
-            _sum(slots, ours, ours), _sum(slots, theirs, theirs), _sum(slots, ours, theirs), t
-        )
+        first_weight, second_weight = _weights(slots, ours, theirs, t)
+        if normalise_output:
+            length = (1 - t) * jnp.sqrt(_sum(slots, ours, ours))
+            length = length + t * jnp.sqrt(_sum(slots, theirs, theirs))
+            scale = jnp.where(length > 0, length, 1.0)
+            first_weight, second_weight = first_weight / scale, second_weight / scale
         for path in rest:
             first, second = (w.astype(ours[path].dtype) for w in (first_weight, second_weight))
             result[path] = first * ours[path] + second * theirs[path]
@@ -89,6 +88,14 @@ def _sum(slots: Sequence[tuple[str, int | None]], x: Any, y: Any) -> jax.Array:
         for p, axis in slots
     ]
     return jnp.sum(jnp.stack(terms), axis=0)
+
+
+def _weights(
+    slots: Sequence[tuple[str, int | None]], ours: Any, theirs: Any, t: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The weights at t of the vectors in the `slots`, one for each index of the axis."""
+    products = _sum(slots, ours, ours), _sum(slots, theirs, theirs), _sum(slots, ours, theirs)
+    return _arc(*products, t)
 
 
 def _arc(
@@ -112,9 +119,10 @@ def _arc(
 @dataclasses.dataclass(frozen=True)
 class _Path:
     units: tuple[Units, ...]
+    normalise_output: bool
 
     def __call__(self, params: Any, other: Any, position: jax.Array) -> Any:
-        return geodesic(params, other, position, self.units)
+        return geodesic(params, other, position, self.units, normalise_output=self.normalise_output)
 
 
 def geodesic_barrier(
@@ -125,6 +133,7 @@ def geodesic_barrier(
     *,
     weights: _batches.Weights = None,
     units: Sequence[Units],
+    normalise_output: bool = False,
     num_points: int = 25,
 ) -> Barrier:
     r"""The rise of the loss, or of the error, on the geodesic between two networks.
@@ -134,7 +143,7 @@ def geodesic_barrier(
     Args:
       loss_fn, batches, weights: a loss or an error, and the data; see `hessian_vector_product`.
       params, other_params: the first network and the second, of the same shapes.
-      units, num_points: see `geodesic`; points of the path, >= 2, ends included. Static.
+      units, normalise_output, num_points: see `geodesic`; points, >= 2, ends included. Static.
 
     Returns:
       `Barrier`: height, positions and losses.
@@ -148,11 +157,10 @@ def geodesic_barrier(
       0.250 0.000
 
     References:
-      Pittorino, Ferraro, Perugini, Feinauer, Baldassi, Zecchina. Deep Networks on Toroids.
-      arXiv:2202.03038
+      Pittorino and others. Deep Networks on Toroids. arXiv:2202.03038
 
     Cost: `num_points` losses over the data.
     """
     data = _batches.weigh(batches, weights)
-    path = _Path(tuple(units))
+    path = _Path(tuple(units), normalise_output)
     return _barrier.profile(loss_fn, params, other_params, data, num_points, path)

@@ -13,7 +13,10 @@ from flatopt.measures._variables import Variables, Vector
 
 @dataclasses.dataclass(frozen=True)
 class Rises:
-    """Rise of the loss for each draw and each size: [draws, sizes], and the loss itself."""
+    """Rise of the loss for each draw and each size: [draws, sizes], and the loss itself.
+
+    Sizes are [sizes] for all entries, or one such array a leaf, with further axes or none.
+    """
 
     loss_fn: _batches.LossFn
     variables: Variables
@@ -25,9 +28,21 @@ class Rises:
         mean: _batches.Mean,
         loops: _batches.Loops,
         params: Any,
-        sigmas: jax.Array,
+        sigmas: jax.Array | Vector,
         key: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
+        losses, loss = self.losses(mean, loops, params, sigmas, key)
+        return losses - loss, loss
+
+    def losses(
+        self,
+        mean: _batches.Mean,
+        loops: _batches.Loops,
+        params: Any,
+        sigmas: jax.Array | Vector,
+        key: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The losses themselves, in place of their rises."""
         point = self.variables.take(params)
 
         def loss_at(vector: Vector) -> jax.Array:
@@ -41,10 +56,10 @@ class Rises:
             if self.multiplicative:
                 noise = jax.tree.map(jnp.multiply, point, noise)
 
-            def at(sigma: jax.Array) -> jax.Array:
-                moved = jax.tree.map(lambda w, z: w + sigma.astype(w.dtype) * z, point, noise)
+            def at(sigma: Vector) -> jax.Array:
+                moved = jax.tree.map(lambda w, s, z: w + s.astype(w.dtype) * z, point, sigma, noise)
                 return loss_at(moved)
 
-            return loops.map(at, sigmas)
+            return loops.map(at, sigmas if isinstance(sigmas, tuple) else (sigmas,) * len(point))
 
-        return loops.map(one_draw, jax.random.split(key, self.num_samples)) - loss, loss
+        return loops.map(one_draw, jax.random.split(key, self.num_samples)), loss

@@ -1,4 +1,4 @@
-"""Symmetries of networks, and their removal: permutations and rescalings of hidden units."""
+"""Hidden units: where their weights are, and rescalings that leave a network as it is."""
 
 import itertools
 import re
@@ -7,11 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-
-from flatopt._core import checks
-from flatopt.measures import _variables
 
 Slot = tuple[str, int]  # Path of a leaf, such as "params/Dense_0/kernel", and one of its axes.
 
@@ -26,21 +22,6 @@ class Units(NamedTuple):
 
     incoming: tuple[Slot, ...]
     outgoing: tuple[Slot, ...]
-
-
-class Alignment(NamedTuple):
-    """Result of `align_units`.
-
-    Attributes:
-      params: the second network with its units permuted.
-      permutations: for each set of units, an int array: entry i is the number of the second
-        network's unit that now stands in place i.
-      sweeps: number of rounds until nothing changed any more.
-    """
-
-    params: optax.Params
-    permutations: tuple[np.ndarray, ...]
-    sweeps: int
 
 
 def chain_units(params: optax.Params, layers: Sequence[str] | None = None) -> tuple[Units, ...]:
@@ -131,91 +112,6 @@ def rescale_units(params: optax.Params, units: Sequence[Units]) -> optax.Params:
     return jax.tree.unflatten(jax.tree.structure(params), list(leaves.values()))
 
 
-def align_units(
-    params: optax.Params,
-    other_params: optax.Params,
-    units: Sequence[Units],
-    *,
-    max_sweeps: int = 100,
-) -> Alignment:
-    r"""Permutes the hidden units of a second network to match those of the first.
-
-    .. math:: \min_\pi \|w - \pi(w')\|
-
-    Args:
-      params, other_params: the first network and the second, of the same shapes.
-      units: the hidden units: `chain_units(params)`.
-      max_sweeps: most rounds over the sets of units, >= 1.
-
-    Returns:
-      `Alignment`: the second network permuted, which computes what it did, and the permutations.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from flatopt import measures
-      >>> first = {"a": {"kernel": jnp.array([[1.0, 5.0]])}, "b": {"kernel": jnp.eye(2)}}
-      >>> second = {"a": {"kernel": jnp.array([[5.1, 0.9]])}, "b": {"kernel": jnp.eye(2)[::-1]}}
-      >>> print(measures.align_units(first, second, measures.chain_units(first)).permutations[0])
-      [1 0]
-
-    References:
-      Ainsworth, Hayase, Srinivasa. Git Re-Basin: Merging Models modulo Permutation Symmetries.
-      arXiv:2209.04836. The assignment is SciPy's `linear_sum_assignment`.
-
-    Cost: no pass over data; not under `jax.jit`.
-    """
-    checks.check_count("max_sweeps", max_sweeps, 1)
-    _variables.check_alike("other_params", other_params, params)
-    first, second = by_path(params), by_path(other_params)
-    checked = check_units(first, units)
-    if any(isinstance(x, jax.core.Tracer) for x in [*first.values(), *second.values()]):
-        raise ValueError("align_units cannot run under jax.jit: the assignment is SciPy's.")
-    ours = {path: np.asarray(x, np.float64) for path, x in first.items()}
-    theirs = {path: np.asarray(x, np.float64) for path, x in second.items()}
-    if not all(np.isfinite(x).all() for x in [*ours.values(), *theirs.values()]):
-        raise ValueError("A weight is NaN or infinite: such networks cannot be aligned.")
-    permutations = [np.arange(_size(ours, group)) for group in checked]
-    sweeps = 0
-    changed = True
-    while changed and sweeps < max_sweeps:
-        changed = False
-        for number, group in enumerate(checked):
-            best = _match(ours, theirs, group)
-            if best is not None:
-                changed = True
-                permutations[number] = permutations[number][best]
-                theirs |= _permuted(theirs, group, best)
-        sweeps += 1
-    aligned = dict(second)
-    for group, permutation in zip(checked, permutations, strict=True):
-        aligned |= _permuted(aligned, group, permutation)
-    tree = jax.tree.unflatten(jax.tree.structure(other_params), list(aligned.values()))
-    return Alignment(tree, tuple(permutations), sweeps)
-
-
-def _match(ours: dict[str, Any], theirs: dict[str, Any], group: Units) -> np.ndarray | None:
-    """The permutation of their units that makes them most like ours; None if nothing is gained."""
-    from scipy.optimize import linear_sum_assignment  # Here, since it is slow to import.
-
-    slots = dict.fromkeys(group.incoming + group.outgoing)  # Tied weights have one slot for both.
-    likeness = sum(_rows(ours[p], axis) @ _rows(theirs[p], axis).T for p, axis in slots)
-    _, best = linear_sum_assignment(likeness, maximize=True)
-    # Of all axes at once: where one array has two of them, the assignment looks at each alone.
-    moved = _permuted(theirs, group, best)
-    gain = sum(np.sum(ours[path] * (x - theirs[path])) for path, x in moved.items())
-    return best if gain > 1e-12 * np.abs(likeness).sum() else None
-
-
-def _permuted(leaves: dict[str, Any], group: Units, permutation: np.ndarray) -> dict[str, Any]:
-    """The leaves of one set of units, each slot permuted once."""
-    moved: dict[str, Any] = {}
-    for path, axis in dict.fromkeys(group.incoming + group.outgoing):
-        x = moved.get(path, leaves[path])
-        take = np.take if isinstance(x, np.ndarray) else jnp.take
-        moved[path] = take(x, permutation, axis)
-    return moved
-
-
 def _refuse_tied(units: Sequence[Units]) -> None:
     """Raises where one array would be both divided and multiplied, or divided twice."""
     incoming: set[str] = set()
@@ -275,11 +171,6 @@ def _check_slots(leaves: dict[str, Any], group: Units) -> None:
         raise ValueError(f"One set of units needs slots of one size, and has {sizes}.")
 
 
-def _size(leaves: dict[str, Any], group: Units) -> int:
-    path, axis = group.incoming[0]
-    return int(leaves[path].shape[axis])
-
-
 def sum_others(x: jax.Array, axis: int) -> jax.Array:
     """The sum over all axes but one."""
     return jnp.sum(x, axis=tuple(i for i in range(x.ndim) if i != axis % x.ndim))
@@ -290,8 +181,3 @@ def along(values: jax.Array, like: jax.Array, axis: int) -> jax.Array:
     shape = [1] * like.ndim
     shape[axis] = len(values)
     return values.reshape(shape).astype(like.dtype)
-
-
-def _rows(x: np.ndarray, axis: int) -> np.ndarray:
-    """A matrix with the units as rows."""
-    return np.moveaxis(x, axis, 0).reshape((x.shape[axis], -1))

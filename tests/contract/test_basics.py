@@ -43,8 +43,8 @@ def test_one_compilation_over_steps_and_batches(case: Case):
     @jax.jit
     def step(params, opt_state, grad_fn):
         traces.append(1)
-        _, grads = grad_fn.value_and_grad(params)
-        updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
+        value, grads = grad_fn.value_and_grad(params)
+        updates, opt_state = tx.update(grads, opt_state, params, value=value, grad_fn=grad_fn)
         return optax.apply_updates(params, updates), opt_state
 
     opt_state = jax.jit(tx.init)(params)
@@ -77,7 +77,8 @@ def test_init_under_jit_equals_init(case: Case):
 @pytest.mark.parametrize("case", cases.main_cases())
 def test_unknown_extra_arguments_are_ignored(case: Case):
     tx, params = case.build(), cases.init_params()
-    step = cases.train_step(tx, nobody_expects=1.0, value=jnp.zeros([]))
+    loss = cases.loss_fn(params, cases.make_batch())
+    step = cases.train_step(tx, nobody_expects=1.0, value=loss if case.needs_value else 7.0)
     actual = step(params, tx.init(params), cases.make_batch())
     expected = cases.train_step(tx)(params, tx.init(params), cases.make_batch())
     cases.assert_equal(actual, expected)
@@ -100,8 +101,16 @@ def test_grad_fn_that_is_no_function_raises(case: Case):
 @pytest.mark.parametrize("case", cases.cases(needs=lambda c: c.factory not in NEED_NO_PARAMS))
 def test_missing_params_raise(case: Case):
     tx, params = case.build(), cases.init_params()
+    grad_fn = cases.GradientByHand(lambda p, i: p)
     with pytest.raises(ValueError, match="`params` as third argument"):
-        tx.update(params, tx.init(params), grad_fn=lambda p, i: p)
+        tx.update(params, tx.init(params), grad_fn=grad_fn, value=1.0)
+
+
+@pytest.mark.parametrize("case", cases.cases(needs=lambda c: c.needs_value))
+def test_a_missing_value_says_which_line_to_add(case: Case):
+    tx, params = case.build(), cases.init_params()
+    with pytest.raises(ValueError, match=r"value_and_grad\(loss_fn\)(.|\n)*value=loss\)"):
+        tx.update(params, tx.init(params), params, grad_fn=lambda p, i: p)
 
 
 @pytest.mark.parametrize("case", cases.cases())
@@ -111,12 +120,13 @@ def test_exact_number_of_gradient_evaluations(case: Case):
 
     @jax.jit
     def step(params, opt_state, batch):
+        @cases.GradientByHand
         def grad_fn(params, i):
             jax.debug.callback(calls.append, i)
             return jax.grad(cases.loss_fn)(params, batch)
 
-        grads = jax.grad(cases.loss_fn)(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
+        value, grads = jax.value_and_grad(cases.loss_fn)(params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params, value=value, grad_fn=grad_fn)
         return optax.apply_updates(params, updates), opt_state
 
     opt_state = tx.init(params)
@@ -154,8 +164,9 @@ def test_loss_goes_down(case: Case):
 def test_zero_gradient_gives_a_finite_step(case: Case):
     tx, params = case.build(), cases.init_params()
     opt_state, zeros = tx.init(params), optax.tree.zeros_like(params)
+    grad_fn = cases.GradientByHand(lambda p, i: zeros)
     for _ in range(3):
-        updates, opt_state = tx.update(zeros, opt_state, params, grad_fn=lambda p, i: zeros)
+        updates, opt_state = tx.update(zeros, opt_state, params, value=0.5, grad_fn=grad_fn)
         params = optax.apply_updates(params, updates)
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((params, opt_state)))
 
@@ -167,7 +178,8 @@ def test_apply_if_finite_skips_a_bad_step_whole(case: Case, bad: float):
     tx, params = optax.apply_if_finite(case.build(), 3), cases.init_params()
     params, opt_state = cases.run(tx, params, steps=2)
     grads = jax.tree.map(lambda p: p.at[(0,) * p.ndim].set(bad), params)
-    updates, new_state = tx.update(grads, opt_state, params, grad_fn=lambda p, i: grads)
+    grad_fn = cases.GradientByHand(lambda p, i: grads)
+    updates, new_state = tx.update(grads, opt_state, params, value=1.0, grad_fn=grad_fn)
     cases.assert_equal(optax.apply_updates(params, updates), params)
     cases.assert_equal(new_state.inner_state, opt_state.inner_state)
     assert new_state.total_notfinite == 1
@@ -233,7 +245,7 @@ def test_off_is_the_base_optimiser_bit_for_bit(case: Case):
 @pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf")])
 @pytest.mark.parametrize("case", cases.cases(has=lambda c: c.hyperparameter is not None))
 def test_hyperparameter_out_of_range_raises(case: Case, bad: float):
-    if case.factory in ("msam", "msam_sgd", "mix_clean") and bad < 0:
+    if case.factory in ("msam", "msam_sgd", "mix_clean", "follow_arc") and bad < 0:
         case.build(**{case.hyperparameter: bad})  # The ascent variant; an extrapolation.
         return
     with pytest.raises(ValueError, match=rf"{case.hyperparameter}=.* out of range"):

@@ -66,8 +66,9 @@ def test_inside_masked_works_or_says_what_to_do(case: Case):
     whole, part_tx = cases.init_params(), case.build()
     part_state = part_tx.init(part)
     for i in range(3):
-        grads = jax.grad(cases.loss_fn)({**whole, "hidden": part}, cases.make_batch(i))
-        updates, part_state = part_tx.update(grads["hidden"], part_state, part)
+        loss_and_grad = jax.value_and_grad(cases.loss_fn)
+        loss, grads = loss_and_grad({**whole, "hidden": part}, cases.make_batch(i))
+        updates, part_state = part_tx.update(grads["hidden"], part_state, part, value=loss)
         part = optax.apply_updates(part, updates)
         rest = jax.tree.map(lambda g: -cases.LEARNING_RATE * g, grads)
         whole = optax.apply_updates(whole, rest)

@@ -22,7 +22,9 @@ def _train(case: Case, params: Any, steps: int = 3) -> tuple[Any, Any, Any]:
 
     @jax.jit
     def step(params: Any, opt_state: Any) -> Any:
-        updates, opt_state = tx.update(params, opt_state, params, grad_fn=lambda p, i: p)
+        value = 0.5 * optax.tree.norm(params, squared=True)
+        grad_fn = cases.GradientByHand(lambda p, i: p)
+        updates, opt_state = tx.update(params, opt_state, params, value=value, grad_fn=grad_fn)
         return optax.apply_updates(params, updates), opt_state, updates
 
     updates = None
@@ -184,7 +186,9 @@ def test_a_real_accumulator_keeps_the_imaginary_part(case: cases.Case, dtype: An
     opt_state = tx.init(params)
     grad_fn = lambda p, i: jax.tree.map(lambda x: 0.1 * x, p)  # noqa: E731
     for _ in range(3):
-        updates, opt_state = tx.update(grad_fn(params, 0), opt_state, params, grad_fn=grad_fn)
+        updates, opt_state = tx.update(
+            grad_fn(params, 0), opt_state, params, value=1.0, grad_fn=grad_fn
+        )
         params = optax.apply_updates(params, updates)
     kept = [x for x in jax.tree.leaves(opt_state) if x.size % 2 == 0 and x.ndim]
     assert any(jnp.iscomplexobj(x) for x in kept)

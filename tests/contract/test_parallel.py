@@ -84,7 +84,13 @@ def test_shard_map_with_pmean_equals_the_whole_batch(case: Case):
         def grad(params, _=0):
             return jax.lax.pmean(jax.grad(cases.loss_fn)(params, batch), "data")
 
-        updates, opt_state = tx.update(grad(params), opt_state, params, grad_fn=grad)
+        def value(params):
+            return jax.lax.pmean(cases.loss_fn(params, batch), "data")
+
+        grad_fn = cases.GradientByHand(grad, value)
+        updates, opt_state = tx.update(
+            grad(params), opt_state, params, value=value(params), grad_fn=grad_fn
+        )
         return optax.apply_updates(params, updates), opt_state
 
     mapped = jax.jit(

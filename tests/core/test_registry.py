@@ -57,9 +57,21 @@ def test_it_needs_a_gradient_function_where_the_list_says_so(name: str):
     tx = _made(name)
     if "grad_fn" in METHODS[name].needs:
         with pytest.raises((ValueError, TypeError), match="grad_fn"):
-            tx.update(grads, tx.init(params), params)
+            tx.update(grads, tx.init(params), params, value=jnp.ones([]))
     else:
         tx.update(grads, tx.init(params), params, value=jnp.ones([]))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_needs_the_loss_where_the_list_says_so(name: str):
+    params = cases.init_params()
+    grad_fn = flatopt.make_grad_fn(cases.loss_fn, cases.make_batch())
+    tx, grads = _made(name), grad_fn(params)
+    if "value" in METHODS[name].needs:
+        with pytest.raises(ValueError, match="value"):
+            tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
+    else:
+        tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
 
 
 def test_a_whole_optimiser_goes_around_none():

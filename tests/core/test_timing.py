@@ -51,6 +51,19 @@ def test_after_an_update(start: int | None, every: int | None, expected: list[in
     assert [int(when.turns_before(jnp.array(s))) for s in expected] == list(range(len(expected)))
 
 
+@pytest.mark.parametrize(("start", "every"), [(None, None), (None, 4), (2, 3)])
+def test_the_latest_act(start: int | None, every: int | None):
+    when = Every.before_update(start, every)
+    due = _due(when)
+    for step in range(due[0], 12):
+        assert int(when.latest(jnp.array(step))) == max(s for s in due if s <= step)
+
+
+def test_the_latest_act_beyond_the_counter():
+    for step in (0, 1, LAST):
+        assert int(Every.before_update(0, 2**40).latest(jnp.array(step))) == 0
+
+
 @pytest.mark.parametrize("make", [Every.before_update, Every.after_update])
 def test_beyond_the_counter_is_never(make):
     steps = jnp.array([0, 1, 1000, LAST - 1, LAST])

@@ -148,6 +148,71 @@ def test_nnx_statistics_are_the_exact_mean(sample_weighted, weights):
     cases.assert_equal(_numbers(model), before)
 
 
+SIZES = (16, 16, 8)  # Batches whose last one is short.
+IMAGES = [
+    np.random.default_rng(7 + i).normal(size=(n, 3, 2, 4)).astype("f") for i, n in enumerate(SIZES)
+]
+
+
+def _torch_update_bn(batches):
+    """PyTorch's `update_bn`, by its formula: a cumulative mean, one batch after another.
+
+    BatchNorm2d with `momentum=None` takes in batch k with the share 1 / k: its mean, and its
+    variance over n - 1 of its n values a channel.
+    """
+    mean, var = np.zeros(batches[0].shape[-1]), np.ones(batches[0].shape[-1])
+    for k, x in enumerate(batches, start=1):
+        values = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+        n = len(values)
+        unbiased = np.sum((values - values.mean(0)) ** 2, axis=0) / (n - 1)
+        mean = mean + (values.mean(0) - mean) / k
+        var = var + (unbiased - var) / k
+    return mean, var
+
+
+def _recomputed_linen(batches, axis=-1, **kwargs):
+    class Norm(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.BatchNorm(use_running_average=not train, axis=axis)(x)
+
+    variables = Norm().init(jax.random.key(0), batches[0], train=False)
+    stats = linen_recompute(Norm(), variables, batches, train=True, **kwargs)["BatchNorm_0"]
+    return stats["mean"], stats["var"]
+
+
+def _recomputed_nnx(batches, axis=-1, **kwargs):
+    norm = nnx.BatchNorm(batches[0].shape[axis], axis=axis, rngs=nnx.Rngs(0))
+    new = nnx_recompute(nnx.Sequential(norm), batches, **kwargs).layers[0]
+    assert new.promote_dtype is norm.promote_dtype
+    return new.mean[...], new.var[...]
+
+
+@pytest.mark.parametrize("recomputed", [_recomputed_linen, _recomputed_nnx])
+@pytest.mark.parametrize("flat", [True, False], ids=["dense", "images"])
+def test_unbiased_and_batch_by_batch_it_is_pytorch_s_update_bn(recomputed, flat):
+    batches = [x[:, 0, 0] for x in IMAGES] if flat else IMAGES
+    mean, var = _torch_update_bn(batches)
+    found = recomputed(batches, sample_weighted=False, unbiased=True)
+    np.testing.assert_allclose(found[0], mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[1], var, rtol=1e-5)
+    biased = recomputed(batches, sample_weighted=False)[1]
+    assert np.abs(biased - var).max() > (0.02 if flat else 0.002)
+
+
+@pytest.mark.parametrize("recomputed", [_recomputed_linen, _recomputed_nnx])
+def test_unbiased_variances_of_channels_on_another_axis(recomputed):
+    last = recomputed(IMAGES, unbiased=True)
+    first = recomputed([np.moveaxis(x, -1, 1) for x in IMAGES], axis=1, unbiased=True)
+    cases.assert_close(first, last, rtol=1e-5)
+
+
+@pytest.mark.parametrize("recomputed", [_recomputed_linen, _recomputed_nnx])
+def test_one_value_has_no_unbiased_variance(recomputed):
+    with pytest.raises(ValueError, match="one value a channel"):
+        recomputed([np.ones((4, 2), "f"), np.ones((1, 2), "f")], unbiased=True)
+
+
 def test_nnx_says_what_is_wrong():
     with pytest.raises(ValueError, match="batches is empty"):
         nnx_recompute(NnxModel(nnx.Rngs(0)), [])

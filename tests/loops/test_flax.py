@@ -196,10 +196,12 @@ def test_nnx_grad_fn_leaves_no_trace_and_repeats_the_dropout_mask():
     params = nnx.state(model, nnx.Param)
     first = grad_fn(params, 0)
     cases.assert_equal(grad_fn(params, 1), first)
+    value = grad_fn.value(params)
     cases.assert_equal(_arrays(model), before)
     # The mask is that of the clean pass to come, and the next step has another.
-    _, grads = nnx.value_and_grad(_loss)(model, X, Y)
+    loss, grads = nnx.value_and_grad(_loss)(model, X, Y)
     cases.assert_close(grads, first)
+    cases.assert_close(value, loss)
     later = flatopt.nnx.make_grad_fn(_loss, model, X, Y)(params)
     assert not np.allclose(later["second"]["kernel"][...], first["second"]["kernel"][...])
 

@@ -41,6 +41,31 @@ def test_microbatches_equal_the_whole_batch(case: Case, microbatches: int):
     cases.assert_close(train(microbatches), train(None), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("has_aux", [False, True])
+@pytest.mark.parametrize("microbatches", [None, 4])
+def test_the_value_is_that_of_the_clean_pass(microbatches: int | None, has_aux: bool):
+    """With weights too, and by a forward pass alone."""
+    params, batch = cases.init_params(), cases.make_batch(size=16)
+    weights = jnp.arange(16.0)
+
+    def loss_fn(params: Any, batch: Any) -> Any:
+        loss = cases.loss_fn(params, batch)
+        return (loss, batch[0]) if has_aux else loss
+
+    for w in (None, weights) if microbatches else (None,):
+        grad_fn = flatopt.make_grad_fn(
+            loss_fn, batch, has_aux=has_aux, microbatches=microbatches, weights=w
+        )
+        value, _ = grad_fn.value_and_grad(params)
+        expected = value[0] if has_aux else value
+        np.testing.assert_allclose(grad_fn.value(params), expected, rtol=1e-6)
+    flops = [
+        jax.jit(f).lower(params).compile().cost_analysis()["flops"]
+        for f in (grad_fn.value, grad_fn.value_and_grad)
+    ]
+    assert flops[0] < 0.6 * flops[1]
+
+
 # Mixed precision: float32 parameters, a forward and backward pass in half precision.
 
 HALF = {"float16": jnp.float16, "bfloat16": jnp.bfloat16}

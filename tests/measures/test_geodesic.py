@@ -73,3 +73,31 @@ def test_geodesic_barrier_of_a_network_with_itself_is_zero():
     np.testing.assert_allclose(result.height, 0, atol=1e-9)
     jitted = jax.jit(lambda p: measures.geodesic_barrier(loss, p, p, X, units=units).losses)(params)
     assert jitted.shape == (25,)
+
+
+def test_a_normalised_output_layer_stays_on_its_sphere_and_keeps_the_predictions():
+    units = measures.chain_units(_relu_params())
+    first, second = (measures.rescale_units(_relu_params(s), units) for s in (0, 1))
+    for t in (0.0, 0.3, 1.0):
+        plain = measures.geodesic(first, second, t, units)
+        point = measures.geodesic(first, second, t, units, normalise_output=True)
+        square = sum(jnp.sum(x**2) for x in jax.tree.leaves(point["layer2"]))
+        np.testing.assert_allclose(square, 1, rtol=1e-12)
+        np.testing.assert_array_equal(
+            *(jnp.argmax(_relu_network(p, X[0]), axis=1) for p in (plain, point))
+        )
+        np.testing.assert_allclose(point["layer1"]["kernel"], plain["layer1"]["kernel"])
+
+    def loss(p, x):
+        return jnp.mean(_relu_network(p, x) ** 2)
+
+    result = measures.geodesic_barrier(
+        loss, first, second, X, units=units, normalise_output=True, num_points=3
+    )
+    middle = measures.geodesic(first, second, 0.5, units, normalise_output=True)
+    np.testing.assert_allclose(result.losses[1], loss(middle, X.reshape(-1, 4)), rtol=1e-9)
+
+
+def test_an_output_layer_of_zeros_is_not_normalised():
+    point = measures.geodesic(jnp.zeros(2), jnp.zeros(2), 0.5, (), normalise_output=True)
+    np.testing.assert_array_equal(point, jnp.zeros(2))

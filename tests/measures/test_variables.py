@@ -17,6 +17,7 @@ MEASURES = {
     "spectral_density": measures.spectral_density,
     "sam_sharpness": measures.sam_sharpness,
     "adaptive_sharpness": measures.adaptive_sharpness,
+    "critical_sharpness": measures.critical_sharpness,
     "keskar_sharpness": measures.keskar_sharpness,
     "local_energy": measures.local_energy,
     "local_entropy_estimate": lambda f, p, b, **k: measures.local_entropy_estimate(
