@@ -89,8 +89,8 @@ def methods() -> Mapping[str, Method]:
       stage ('grad_fn',) 1 extra gradient; 0 copies (+1 temporary).
       >>> tx = method.around(optax.adamw(1e-3), rho=0.05)  # chain(sam(rho=0.05), adamw(1e-3))
       >>> print([m.name for m in flatopt.methods().values() if m.kind == "average"][:2])
-      ['lawa', 'params_ema']
+      ['bema', 'lawa']
 
     Cost: 0 extra gradients; 0 copies.
     """
-    return MappingProxyType(_METHODS)
+    return MappingProxyType(dict(sorted(_METHODS.items())))

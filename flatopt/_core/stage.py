@@ -31,7 +31,7 @@ def _start(hyperparameters: dict[str, Any], at: Callable[[Any, Any], Any]) -> op
         del params
         step = jnp.zeros([], jnp.int32)
         values = {name: at(value, step) for name, value in hyperparameters.items()}
-        return StepState(step, in_use(hyperparameters, values))
+        return StepState(step, in_use(hyperparameters, values, step))
 
     return init_fn
 
@@ -63,7 +63,7 @@ def perturbation(
         else:
             checks.require_params(needs_params, params)
             displacement = displace(updates, params, **values)
-        told = in_use(hyperparameters, values)
+        told = in_use(hyperparameters, values, state.step)
         return displacement, StepState(optax.safe_increment(state.step), told)
 
     return optax.GradientTransformationExtraArgs(_start(hyperparameters, nonnegative_at), update_fn)
@@ -92,7 +92,7 @@ def combiner(
         step = state.step if step is None else step
         values = {name: value_at(value, step) for name, value in hyperparameters.items()}
         combined = combine(updates, clean_updates, **values)
-        told = in_use(hyperparameters, values)
+        told = in_use(hyperparameters, values, state.step)
         return combined, StepState(optax.safe_increment(state.step), told)
 
     return optax.GradientTransformationExtraArgs(_start(hyperparameters, value_at), update_fn)

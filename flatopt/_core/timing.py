@@ -25,14 +25,18 @@ def nonnegative_at(
     return jnp.maximum(value(step), 0.0) if callable(value) else value
 
 
-def in_use(hyperparameters: dict[str, Any], values: dict[str, Any]) -> dict[str, jax.Array]:
-    """Of the `values` in use, by name, those that a state keeps for its readers.
+def in_use(
+    hyperparameters: dict[str, Any], values: dict[str, Any], step: Any
+) -> dict[str, jax.Array]:
+    """Of the `values` in use at `step`, by name, those that a state keeps for its readers.
 
     An array, unlike a number or a schedule, is kept by who hands it in, as
     `optax.inject_hyperparams` does under the same name: twice it could not be found by it.
     """
     return {
-        name: jnp.asarray(values[name], float)
+        # Like the step, which every state counts: mapped over replicas on a mesh, a constant would
+        # lie in another way than its successors, and be compiled for once more.
+        name: jnp.full_like(step, values[name], float)
         for name, given in hyperparameters.items()
         if callable(given) or isinstance(given, (int, float))
     }

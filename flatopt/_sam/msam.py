@@ -147,7 +147,7 @@ def _displaced(
         inner_state = optimizer.init(params)
         dtype = tree_math.scalar_dtype(momenta.find_first(inner_state, params, "msam"))
         step = jnp.zeros([], jnp.int32)
-        told = in_use({"rho": rho}, {"rho": value_at(rho, step)})
+        told = in_use({"rho": rho}, {"rho": value_at(rho, step)}, step)
         return MsamState(step, jnp.zeros([], dtype), inner_state, told)
 
     def update_fn(
@@ -169,7 +169,7 @@ def _displaced(
         scale = jnp.asarray(scale, state.scale.dtype)
         moves = moves if params is None else tree_math.widened(moves, params)
         moves = shift_offset(moves, state.scale, old, scale, new)
-        told = in_use({"rho": rho}, {"rho": length})
+        told = in_use({"rho": rho}, {"rho": length}, state.step)
         return moves, MsamState(step, scale, inner_state, told)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

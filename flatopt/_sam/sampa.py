@@ -109,7 +109,7 @@ def sampa(
 
     def init_fn(params: optax.Params) -> SampaState:
         gradient, step = optax.tree.zeros_like(params), jnp.zeros([], jnp.int32)
-        return SampaState(step, optimizer.init(params), gradient, in_use(given, values_at(step)))
+        return SampaState(step, optimizer.init(params), gradient, in_use(given, values_at(step), step))
 
     def update_fn(
         updates: optax.Updates,
@@ -134,6 +134,6 @@ def sampa(
         grads = tree_math.cast_like(grads, updates)
         moves, inner = optimizer.update(grads, state.inner_state, params, **extra_args)
         latest = keep_finite(latest, state.gradient)
-        return moves, SampaState(step, inner, latest, in_use(given, values))
+        return moves, SampaState(step, inner, latest, in_use(given, values, step))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
