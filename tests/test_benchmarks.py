@@ -21,6 +21,7 @@ from benchmarks import (
     memory,
     methods,
     models,
+    noise,
     peers,
     render,
     scaling,
@@ -199,6 +200,14 @@ def test_compile_time(rendered, monkeypatch):
     assert seconds["total"] == pytest.approx(total)
     assert min(seconds.values()) > 0
     assert "mlp of 2 layers:" in table
+
+
+def test_noise(rendered):
+    results, table, _ = rendered(noise, "noise", ["--size", "200000", "--repeats", "1"])
+    rows = {row["variant"]: row for row in results["dtypes"]["bfloat16"]}
+    assert rows["flatopt, threefry2x32"]["temporary_copies"] < 0.1
+    assert rows["flatopt, rbg"]["temporary_copies"] >= 1
+    assert "| flatopt, threefry2x32 |" in table
 
 
 def test_whole_run(rendered):

@@ -1,15 +1,38 @@
-"""Random keys, kept in states as raw data that every checkpoint format can hold, and draws."""
+"""Random keys, kept in states as raw data that every checkpoint format can hold, and draws.
+
+An entry's draw is a function of the key, of its leaf's number and of its place in the leaf: pure
+arithmetic, that XLA makes one pass with what the draw is added to, on every layout of the devices.
+Keys of other generators than Threefry draw with theirs, into memory.
+"""
 
 import functools
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flatopt._core import tree_math
 
 KeyLike = Any  # An int seed, a typed key, or raw uint32 key data.
+Words = tuple[jax.Array, jax.Array]  # Two uint32 arrays.
+
+# Threefry-2x32 (Salmon, Moraes, Dror, Shaw, SC 2011) in its form of 13 rounds. Unrolled:
+# `jax.random.bits` loops over its 20 rounds on a CPU, with a pass over memory for each four.
+ROUNDS = 13
+ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
+PARITY = 0x1BD11BDA
+# Leaves of at most so many entries are drawn for at once, in rows: compile_time_leaves,
+# local_entropy L=5.
+JOINED_SIZE, ROW_SIZE = 2**16, 2**18
+# Least squares on Chebyshev points: log(1 + t) / t between sqrt(1/2) - 1 and sqrt(2) - 1, to 2e-7
+# in the logarithm, and sin(pi s / 2) / s in powers of s^2 for |s| <= 1, to 6e-7 in the sine. Those
+# of XLA are a call an entry on a CPU.
+LOG = (1.00000414, -0.500014467, 0.332989553, -0.248981204, 0.206738354, -0.187792083, 0.114490826)
+SINE = (1.57079099, -0.645892663, 0.0794339708, -0.00433288165)
 
 
 def as_key(key: KeyLike) -> jax.Array:
@@ -88,12 +111,59 @@ def split(data: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.random.key_data(keep), use
 
 
+def threefry2x32(key: jax.Array, counter: Words, rounds: int = ROUNDS) -> Words:
+    """Threefry-2x32 of raw key data and a counter: two random words for each entry."""
+    keys = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(PARITY))
+    x, y = counter[0] + keys[0], counter[1] + keys[1]
+    for i in range(rounds):
+        turn = ROTATIONS[i % 8]
+        x = x + y
+        y = ((y << turn) | (y >> (32 - turn))) ^ x
+        if i % 4 == 3:
+            block = i // 4 + 1
+            x, y = x + keys[block % 3], y + keys[(block + 1) % 3] + jnp.uint32(block)
+    return x, y
+
+
+def normal_from(words: Words) -> jax.Array:
+    r"""Standard normal numbers in float32 by Box and Muller's transform, one for two words.
+
+    .. math:: z = \sqrt{-2 \log u} \, \sin(\pi s / 2), \quad u \in (0, 1], \; s \in [-1, 1]
+
+    The angle is of half a circle, since the sine of the other half has the same law. The largest
+    draw is 6.8.
+    """
+    radius, angle = words
+    # u = m 2^(e - 32), with m between sqrt(1/2) and sqrt(2).
+    number = radius.astype(jnp.float32) + 0.5
+    raw = jax.lax.bitcast_convert_type(number, jnp.int32)
+    e = (raw - np.float32(0.5**0.5).view(np.int32)) >> 23
+    t = jax.lax.bitcast_convert_type(raw - (e << 23), jnp.float32) - 1
+    exponents = (32 - e).astype(jnp.float32) * np.float32(2 * math.log(2))
+    square = jnp.maximum(exponents - 2 * t * _polynomial(LOG, t), 0)
+    s = jax.lax.bitcast_convert_type(angle, jnp.int32).astype(jnp.float32) * np.float32(2**-31)
+    return jnp.sqrt(square) * (s * _polynomial(SINE, s * s))
+
+
+def _polynomial(coefficients: tuple[float, ...], x: jax.Array) -> jax.Array:
+    value = jnp.full_like(x, coefficients[-1])
+    for c in coefficients[-2::-1]:
+        value = value * x + np.float32(c)
+    return value
+
+
+def uniform_from(words: Words) -> jax.Array:
+    """Numbers of [0, 1) in float32, multiples of 2^-24."""
+    return (words[0] >> 8).astype(jnp.float32) * np.float32(2**-24)
+
+
 def normal_like(key: jax.Array, tree: Any) -> Any:
     """Standard normal draws, one an entry: in float32 or complex64 whatever the precision.
 
     Zeros for what has no place to be moved to: counters, flags, random keys.
 
-    So a run in float64 sees the noise that the same run in float32 sees.
+    So a run in float64 sees the noise that the same run in float32 sees. What adds a draw to half
+    precision is one pass with it: in float32 it stands in registers only.
     """
 
     def real_parts(x: jax.Array) -> jax.Array:
@@ -102,13 +172,13 @@ def normal_like(key: jax.Array, tree: Any) -> Any:
     def as_drawn(x: jax.Array, z: jax.Array) -> jax.Array:
         return jax.lax.complex(z[0], z[1]) / jnp.sqrt(2) if jnp.iscomplexobj(x) else z
 
-    normal = functools.partial(jax.random.normal, dtype=jnp.float32)
-    return jax.tree.map(as_drawn, tree, _draw_like(key, jax.tree.map(real_parts, tree), normal))
+    drawn = _draw_like(key, jax.tree.map(real_parts, tree), normal_from)
+    return jax.tree.map(as_drawn, tree, drawn)
 
 
 def uniform_like(key: jax.Array, tree: Any) -> Any:
     """Draws from [0, 1) in float32, one an entry; zeros for counters, flags, random keys."""
-    return _draw_like(key, tree, functools.partial(jax.random.uniform, dtype=jnp.float32))
+    return _draw_like(key, tree, uniform_from)
 
 
 def signs_like(key: jax.Array, tree: Any) -> Any:
@@ -120,22 +190,97 @@ def signs_like(key: jax.Array, tree: Any) -> Any:
     return jax.tree.map(leaf, tree, uniform_like(key, tree))
 
 
-def _draw_like(key: jax.Array, tree: Any, sampler: Callable[..., jax.Array]) -> Any:
+def _draw_like(key: jax.Array, tree: Any, transform: Callable[[Words], jax.Array]) -> Any:
     """Independent draws, one an entry of `tree`, each lying where its leaf lies."""
-    everything, structure = jax.tree.flatten(tree)
-    leaves = [jnp.asarray(x) for x in everything if tree_math.is_inexact(x)]
-    groups = tree_math.groups(leaves)
-    drawn: dict[int, jax.Array] = {}
-    for own_key, group in zip(jax.random.split(key, len(groups)), groups, strict=True):
-        chosen = [leaves[i] for i in group]
-        if len(group) == 1:
-            sharding = jax.typeof(chosen[0]).sharding
-            drawn[group[0]] = sampler(own_key, chosen[0].shape, out_sharding=sharding)
-            continue
-        joined = sampler(own_key, (sum(leaf.size for leaf in chosen),))
-        drawn |= zip(group, tree_math.split(joined, chosen), strict=True)
-    draws = (drawn[i] for i in range(len(leaves)))
-    none = (jnp.zeros(jnp.shape(x)) for x in everything if not tree_math.is_inexact(x))
-    return jax.tree.unflatten(
-        structure, [next(draws if tree_math.is_inexact(x) else none) for x in everything]
+    leaves, structure = jax.tree.flatten(tree)
+    leaves = [jnp.asarray(x) if tree_math.is_inexact(x) else x for x in leaves]
+    small = [x for x in leaves if tree_math.is_inexact(x) and x.size <= JOINED_SIZE]
+    joined: Iterator[jax.Array] = iter(())
+    if small:
+        row = functools.partial(_words, key, 0)
+        drawn = _in_rows(row, transform, sum(x.size for x in small))
+        joined = iter(_cut(drawn, small, jax.random.key_data(key)))
+    numbers = itertools.count(1)
+
+    def leaf(x: Any) -> jax.Array:
+        if not tree_math.is_inexact(x):
+            return jnp.zeros(jnp.shape(x))
+        if x.size <= JOINED_SIZE:
+            return next(joined)
+        kind = jax.typeof(x)
+        return transform(_words(key, next(numbers), kind.shape, sharding=kind.sharding))
+
+    return jax.tree.unflatten(structure, [leaf(x) for x in leaves])
+
+
+def _in_rows(words: Callable[..., Words], transform: Callable[..., Any], size: int) -> jax.Array:
+    """So many draws, in memory: a loop of two turns at least holds the generator but once.
+
+    Fused with its use, it would be compiled as often as there are leaves.
+    """
+    turns = max(2, -(-size // ROW_SIZE))
+    width = -(-size // turns)
+    rows = jax.lax.map(
+        lambda i: transform(words((width,), row=i)), jnp.arange(turns, dtype=jnp.uint32)
     )
+    return rows.ravel()[:size]
+
+
+def _cut(drawn: jax.Array, leaves: list[jax.Array], data: jax.Array) -> list[jax.Array]:
+    """One dimension cut into arrays of the shapes of `leaves`, each lying where its leaf lies."""
+    ends = list(itertools.accumulate(x.size for x in leaves))
+    begins = [np.uint32(end - x.size) for end, x in zip(ends, leaves, strict=True)]
+    # Places that XLA does not know: it compiles one kernel for all leaves of a shape, else one for
+    # each. (The condition always holds.)
+    begins = jax.lax.cond(
+        jax.lax.bitcast_convert_type(data[0] >> 1, jnp.int32) >= 0,
+        lambda: begins,
+        lambda: [np.uint32(0)] * len(begins),
+    )
+
+    @jax.jit  # Traced once for all leaves of a shape.
+    def part(begin: jax.Array, x: jax.Array) -> jax.Array:
+        own = jax.lax.dynamic_slice(drawn, (begin,), (x.size,)).reshape(x.shape)
+        # A sum lies where its terms do, and the zeros lie where the leaf does.
+        return jnp.zeros_like(x, own.dtype) + own
+
+    return [part(begin, x) for begin, x in zip(begins, leaves, strict=True)]
+
+
+def _words(
+    key: jax.Array, number: int, shape: tuple[int, ...], row: Any = None, sharding: Any = None
+) -> Words:
+    """Two random words for each entry of array `number`, or of one of its rows."""
+    if str(jax.random.key_impl(key)) == "threefry2x32":
+        data, (low, high) = _counter(jax.random.key_data(key), shape, sharding)
+        if row is not None:
+            low = low + row * jnp.uint32(shape[0])
+        return threefry2x32(data, (low, (high << 16) + jnp.uint32(number)))
+    key = jax.random.fold_in(key, number)
+    keys = jax.random.split(key if row is None else jax.random.fold_in(key, row))
+    bits = functools.partial(jax.random.bits, shape=shape, out_sharding=sharding)
+    return bits(keys[0]), bits(keys[1])
+
+
+def _counter(data: jax.Array, shape: tuple[int, ...], sharding: Any) -> tuple[jax.Array, Words]:
+    """The key data, and the place of each entry, in row-major order, as low and high words."""
+    words = [jnp.zeros([], jnp.uint32)] * 2
+    strides = _strides(shape)
+    # Tied to the key, since else XLA moves the places out of a loop, and each turn reads them.
+    data, *factors = jax.lax.optimization_barrier((data, *(jnp.uint32(s) for _, s in strides)))
+    for axis, ((word, _), factor) in enumerate(zip(strides, factors, strict=True)):
+        places = jax.lax.broadcasted_iota(jnp.uint32, shape, axis, out_sharding=sharding)
+        words[word] = words[word] + places * factor
+    return data, (words[0], words[1])
+
+
+def _strides(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """For each axis the word that counts it, 0 or 1, and how far apart its entries are there."""
+    strides: list[tuple[int, int]] = []
+    word, stride = 0, 1
+    for length in reversed(shape):
+        if word == 0 and stride * length > 2**32:
+            word, stride = 1, 1
+        strides.insert(0, (word, stride))
+        stride *= length
+    return strides

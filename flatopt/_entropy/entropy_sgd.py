@@ -16,6 +16,7 @@ from flatopt._entropy.local_entropy import (
     InnerStep,
     LocalEntropyState,
     Numbers,
+    decayed,
     langevin_step,
     local_entropy,
     momentum_step,
@@ -26,7 +27,7 @@ def heavy_ball_step(
     y: Any, v: Any, g: Any, w: Any, xi: Any, now: Numbers, damp: Any = 0.0
 ) -> tuple[Any, Any]:
     """The "python" program without Nesterov's: spring and noise enter the momentum too."""
-    d = -now.eta * (g + now.decay * y)
+    d = -now.eta * decayed(g, y, now.decay)
     v = now.beta * v + (1 - damp) * d - now.eta * now.gamma * (y - w) + xi
     return y + v, v
 
@@ -35,12 +36,12 @@ def lua_step(y: Any, v: Any, g: Any, w: Any, xi: Any, now: Numbers) -> tuple[Any
     """Nesterov's momentum filters the gradient alone."""
     d = -now.eta * g
     v = now.beta * v + d
-    return y + d + now.beta * v - now.eta * (now.decay * y + now.gamma * (y - w)) + xi, v
+    return y + d + now.beta * v - now.eta * decayed(now.gamma * (y - w), y, now.decay) + xi, v
 
 
 def pittorino_step(y: Any, v: Any, g: Any, w: Any, xi: Any, now: Numbers) -> tuple[Any, Any]:
     """Nesterov's momentum filters gradient, decay and spring."""
-    d = -now.eta * (g + now.decay * y + now.gamma * (y - w))
+    d = -now.eta * (decayed(g, y, now.decay) + now.gamma * (y - w))
     v = now.beta * v + d
     return y + d + now.beta * v + xi, v
 

@@ -12,6 +12,11 @@ from flatopt._core.timing import value_at
 from flatopt._entropy.langevin import thermal_noise
 
 
+def decayed(g: Any, y: Any, decay: Any) -> Any:
+    r"""The gradient with that of the L2 penalty, :math:`g + \lambda y`; one pass less without."""
+    return g if checks.is_number(decay, 0) else g + decay * y
+
+
 class Numbers(NamedTuple):
     """The hyperparameters of a step: as given, or their values in one update.
 
@@ -41,21 +46,21 @@ InnerStep = Callable[[Any, Any, Any, Any, Any, Numbers], tuple[Any, Any]]
 
 def langevin_step(y: Any, v: Any, g: Any, w: Any, xi: Any, now: Numbers) -> tuple[Any, Any]:
     r""":math:`y - \eta \, [g + \lambda y + \gamma (y - w)] + \xi`, without momentum."""
-    return y - now.eta * (g + now.decay * y + now.gamma * (y - w)) + xi, v
+    return y - now.eta * (decayed(g, y, now.decay) + now.gamma * (y - w)) + xi, v
 
 
 def momentum_step(
     y: Any, v: Any, g: Any, w: Any, xi: Any, now: Numbers, damp: Any = 0.0
 ) -> tuple[Any, Any]:
     """Nesterov's momentum (damped as PyTorch's) filters gradient and decay alone."""
-    d = -now.eta * (g + now.decay * y)
+    d = -now.eta * decayed(g, y, now.decay)
     v = now.beta * v + (1 - damp) * d
     return y + d + now.beta * v - now.eta * now.gamma * (y - w) + xi, v
 
 
 def follow(mean: Any, y: Any, past: Any) -> Any:
-    r""":math:`a \mu + (1 - a) y`, over a tree."""
-    return tree_math.on_inexact(lambda m, y: past * m + (1 - past) * y, mean, y)
+    r""":math:`a \mu + (1 - a) y`."""
+    return (past * mean + (1 - past) * y).astype(mean.dtype)
 
 
 def unit_of_gamma(value: Any, away: optax.Updates) -> jax.Array:
@@ -186,8 +191,7 @@ def _explore(
     def descend(number: Any, grads: optax.Updates, carry: Any) -> Any:
         y, mu, v, noise_state = carry
         xi, noise_state = loop.draw.update(still, noise_state, y, **extra_args, inner_step=number)
-        y, v = _step_tree(loop.step, y, v, grads, params, xi, now)
-        return y, follow(mu, y, now.past), v, noise_state
+        return *_advance(loop.step, y, mu, v, grads, params, xi, now), noise_state
 
     carry = (start, start, _no_momentum_yet(loop.step, start), noise_state)
     if loop.first:
@@ -200,7 +204,7 @@ def _explore(
             return descend(number, grads, carry)
 
         carry = jax.lax.fori_loop(loop.first, loop.num_steps, body, carry)
-    away = tree_math.on_inexact(lambda _, w, mu: w - mu, still, start, carry[1])
+    away = tree_math.on_inexact(jax.jit(lambda _, w, mu: w - mu), still, start, carry[1])
     return away, carry[3]
 
 
@@ -230,22 +234,29 @@ def _noise(noise: Any, learning_rate: Any, key: rng.KeyLike) -> Any:
 
 
 def _no_momentum_yet(step: InnerStep, start: optax.Params) -> optax.Params:
-    """Zeros like the weights, or one number a leaf where the step keeps no momentum."""
+    """Zeros like the weights, or one number where the step keeps no momentum."""
     if step is langevin_step:
-        return jax.tree.map(lambda w: jnp.zeros([], w.dtype), start)
+        return jnp.zeros([])
     return optax.tree.zeros_like(start)
 
 
-def _step_tree(step: InnerStep, y: Any, v: Any, g: Any, w: Any, xi: Any, now: Numbers) -> Any:
-    """The new y and v, leaf by leaf, in their dtypes."""
+def _advance(
+    step: InnerStep, y: Any, mu: Any, v: Any, g: Any, w: Any, xi: Any, now: Numbers
+) -> tuple[Any, Any, Any]:
+    """The new point, mean and momentum, leaf by leaf, in their dtypes."""
 
-    def leaf(y: Any, v: Any, g: Any, w: Any, xi: Any) -> tuple[jax.Array, jax.Array]:
+    @jax.jit  # Traced once for all leaves of a shape.
+    def leaf(y: Any, mu: Any, v: Any, g: Any, w: Any, xi: Any) -> tuple[Any, Any, Any]:
         if not tree_math.is_inexact(y):
-            return y, v
+            return y, mu, v
         new_y, new_v = step(y, v, g, w, xi, now)
-        return new_y.astype(y.dtype), new_v.astype(v.dtype)
+        new_y = new_y.astype(y.dtype)
+        return new_y, follow(mu, new_y, now.past), new_v.astype(v.dtype)
 
-    trees = map(jax.tree.leaves, (y, v, g, w, xi))
-    pairs = [leaf(*leaves) for leaves in zip(*trees, strict=True)]
-    structure = jax.tree.structure(y)
-    return tuple(jax.tree.unflatten(structure, [pair[i] for pair in pairs]) for i in (0, 1))
+    ys, structure = jax.tree.flatten(y)
+    # A step without momentum has one number for all leaves: XLA takes long over wide loops.
+    vs = jax.tree.leaves(v) if step is not langevin_step else len(ys) * [v]
+    rest = map(jax.tree.leaves, (mu, g, w, xi))
+    triples = [leaf(y, mu, v, g, w, xi) for y, v, mu, g, w, xi in zip(ys, vs, *rest, strict=True)]
+    y, mu, new_v = (jax.tree.unflatten(structure, [x[i] for x in triples]) for i in range(3))
+    return y, mu, v if step is langevin_step else new_v

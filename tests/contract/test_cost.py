@@ -1,5 +1,6 @@
 """What the methods cost, in XLA's own numbers: these do not wobble."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -124,6 +125,47 @@ def test_temporary_copies_of_the_parameters(
     copy = optax.tree.size(_params()) * 4
     extra = _temporary_bytes(tx) - _temporary_bytes(_base())
     assert extra <= copies * copy, extra / copy
+
+
+def _accessed(tx: optax.GradientTransformationExtraArgs) -> float:
+    """Bytes read and written, in copies of the parameters; a loop's body counts once."""
+    return _compiled(tx).cost_analysis()["bytes accessed"] / (4 * optax.tree.size(_params()))
+
+
+def test_noise_is_no_pass_of_its_own():
+    """Langevin dynamics read and write what SGD does; biases are drawn into memory."""
+    langevin, sgd = flatopt.langevin(0.1, 1e-4), optax.sgd(0.1)
+    assert _accessed(langevin) <= _accessed(sgd) + 0.1
+    copy = optax.tree.size(_params()) * 4
+    assert _temporary_bytes(langevin) <= _temporary_bytes(sgd) + 0.05 * copy
+
+
+def test_noise_in_a_loop_is_no_pass_of_its_own():
+    """Not in the loop, nor before it: the places of the entries are not kept for its turns."""
+    copy = optax.tree.size(_params()) * 4
+    for stage in (
+        functools.partial(flatopt.local_entropy, 5, 0.5),
+        functools.partial(flatopt.entropy_sgd, 0.1, 5, 0.5),
+    ):
+        noisy, quiet = stage(noise=0.01), stage(noise=0.0)
+        assert _accessed(noisy) <= _accessed(quiet) + 0.2
+        assert _temporary_bytes(noisy) <= _temporary_bytes(quiet) + 0.05 * copy
+
+
+def test_random_perturbations_read_and_write_no_more_than_sam():
+    sam = _accessed(optax.chain(flatopt.sam(0.05), _base()))
+    assert _accessed(optax.chain(flatopt.rwp(0.01), _base())) <= sam
+    assert _accessed(optax.chain(flatopt.arwp(0.01), _base())) <= sam
+
+
+def test_a_step_of_the_local_entropy_reads_and_writes_little():
+    """A turn: for the point 3 read (it, gradient, centre) and 1 written, for the mean 2 and 1."""
+    steps = [
+        _accessed(optax.chain(flatopt.local_entropy(n, 0.5, noise=0.01), _base())) for n in (1, 2)
+    ]
+    gradient = _accessed(optax.sgd(0.1)) - 3  # Less its step: two read, one written.
+    assert steps[0] <= _accessed(_base()) + 1.2
+    assert steps[1] <= steps[0] + gradient + 7 + 0.2
 
 
 def test_the_one_graph_form_needs_half_a_copy_more_than_two_graphs():
