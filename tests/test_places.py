@@ -18,7 +18,9 @@ SIBLINGS = {
     "reuse_direction": "looksam",
     "scale_by_hutchinson": "sassha",
 }
-FAMILIES = ("sam", "averaging", "entropy", "replicas", "sparse")
+FAMILIES = ("sam", "averaging", "entropy", "replicas", "sparse", "sphere")
+SIBLINGS = {"gadamx": "gadam", "msam_sgd": "msam", "reuse_direction": "looksam"}
+FAMILIES = ("sam", "averaging", "entropy", "replicas", "sparse", "sphere", "learning_rates")
 
 
 def _family(method: str) -> str | None:

@@ -1,0 +1,167 @@
+"""SGD whose learning rate follows from its Hessian (Granziol et al., arXiv:2006.09092)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from flatopt._core import checks, registry, rng, tree_math
+from flatopt._core.batches import Loops
+from flatopt._core.timing import Every, value_at
+from flatopt.measures._lanczos_rates import LanczosRates, Rule
+
+Vector = tuple[jax.Array, ...]  # Real and not empty, in float32 at least.
+
+
+class SgdByCurvatureState(NamedTuple):
+    """State of `sgd_by_curvature`.
+
+    Attributes:
+      step: int32 scalar, number of updates so far.
+      learning_rate: scalar, from the last estimate.
+      momentum: scalar, from the last estimate.
+      trace: tree like the parameters, the sum of past gradients.
+      key: raw uint32 key data, advanced by every estimate.
+    """
+
+    step: jax.Array
+    learning_rate: jax.Array
+    momentum: jax.Array
+    trace: optax.Updates
+    key: jax.Array
+
+
+def guard(
+    found: LanczosRates, learning_rate: jax.Array, momentum: jax.Array, highest: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The rates to go on with: the old ones where no direction curves upwards; NaN shows."""
+    own = momentum if found.momentum is None else found.momentum
+    upwards = ~(found.largest <= 0)
+    rate = jnp.where(upwards, found.learning_rate, learning_rate)
+    return jnp.minimum(rate, highest), jnp.where(upwards, own, momentum)
+
+
+def to_vector(tree: Any, like: Any) -> Vector:
+    """What moves of `tree`: real and imaginary parts, as told by the leaves of `like`."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
+    moved = (jnp.asarray(x) for x, w in pairs if _moves(w))
+    parts = (part for x in moved for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,)))
+    return tuple(part.astype(tree_math.accumulator_dtype(part.dtype)) for part in parts)
+
+
+def to_tangent(vector: Vector, like: Any) -> Any:
+    """A tree of tangents of `like`; zero where nothing moves."""
+    parts = iter(vector)
+
+    def leaf(w: jax.Array) -> Any:
+        if not jnp.issubdtype(jnp.result_type(w), jnp.inexact):
+            return np.zeros(jnp.shape(w), jax.dtypes.float0)
+        if not _moves(w):
+            return jnp.zeros_like(w)
+        x = next(parts)
+        return (jax.lax.complex(x, next(parts)) if jnp.iscomplexobj(w) else x).astype(w.dtype)
+
+    return jax.tree.map(leaf, like)
+
+
+def _moves(w: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(w), jnp.inexact) and np.size(w) > 0
+
+
+def hessian_of(grad_fn: Callable[[Any, Any], Any], params: Any) -> Callable[[Vector], Vector]:
+    """The product of the Hessian with a vector: all on the data of evaluation number 0."""
+
+    def multiply(vector: Vector) -> Vector:
+        tangent = to_tangent(vector, params)
+        return to_vector(jax.jvp(lambda w: grad_fn(w, 0), (params,), (tangent,))[1], params)
+
+    return multiply
+
+
+@registry.method("optimizer", needs=("grad_fn",))
+def sgd_by_curvature(
+    learning_rate: jax.typing.ArrayLike,
+    *,
+    momentum: jax.typing.ArrayLike = 0.0,
+    start: int | None = None,
+    every: int | None = None,
+    num_steps: int | None = None,
+    rule: str = "polyak",
+    mu: str = "smallest",
+    max_learning_rate: optax.ScalarOrSchedule = 1.0,
+    key: rng.KeyLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SGD that takes its learning rate and momentum from the Hessian, every so many updates.
+
+    .. math:: m \leftarrow \beta m + g, \qquad w \leftarrow w - \eta \, m
+
+    Args:
+      learning_rate, momentum: before `start`, and while no direction curves upwards: numbers.
+      start, every: when it estimates; see `gradient_at`. Static.
+      num_steps, rule, mu: see `measures.lanczos_rates`; None is 20. Static.
+      max_learning_rate: what an estimate is cut to, > 0: a number, array, or schedule.
+      key: an int seed, a key from `jax.random.key`, or its uint32 key data.
+
+    Returns:
+      A whole optimiser; `update` needs `params` and `grad_fn`. `update(..., start_vector=tree)`
+      takes the place of Lanczos's random start.
+
+    Examples:
+      >>> import jax.numpy as jnp, flatopt
+      >>> tx, w, curvatures = flatopt.sgd_by_curvature(0.1), jnp.ones(50), jnp.linspace(1.0, 4.0, 50)
+      >>> grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * curvatures @ w**2)
+      >>> _, opt_state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+      >>> print(f"{opt_state.learning_rate:.3f} {opt_state.momentum:.3f}")
+      0.444 0.111
+
+    References:
+      Granziol, Zohren, Roberts. Learning Rates as a Function of Batch Size. arXiv:2006.09092
+
+    Cost: `num_steps` extra gradients and their derivatives an estimate; 0 copies beside SGD's
+    momentum (+`num_steps` temporary).
+    """
+    checks.check_number("learning_rate", learning_rate, low=0.0, schedule_allowed=False)
+    checks.check_number("momentum", momentum, low=0.0, high=1.0, schedule_allowed=False)
+    checks.check_number("max_learning_rate", max_learning_rate, low=0.0, low_allowed=False)
+    how = Rule(20 if num_steps is None else num_steps, rule, mu)
+    when, stream = Every.before_update(start, every), rng.Stream(key)
+
+    def init_fn(params: optax.Params) -> SgdByCurvatureState:
+        dtype = tree_math.scalar_dtype(params)
+        rates = jnp.asarray(learning_rate, dtype), jnp.asarray(momentum, dtype)
+        trace = optax.tree.zeros_like(params)
+        return SgdByCurvatureState(jnp.zeros([], jnp.int32), *rates, trace, stream.init())
+
+    def update_fn(
+        updates: optax.Updates,
+        state: SgdByCurvatureState,
+        params: optax.Params | None = None,
+        *,
+        grad_fn: Callable[[Any, Any], Any] | None = None,
+        start_vector: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SgdByCurvatureState]:
+        del extra_args
+        multiply = hessian_of(checks.require_grad_fn("sgd_by_curvature", grad_fn, params), params)
+        template = to_vector(params, params)
+
+        def estimate(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+            keep, use = stream.split(carry[2])
+            draw, rest = jax.random.split(use)
+            given = None if start_vector is None else to_vector(start_vector, params)
+            first = rng.normal_like(draw, template) if given is None else given
+            first = tuple(x.astype(w.dtype) for x, w in zip(first, template, strict=True))
+            found = how.estimate(multiply, first, rest, Loops())
+            return *guard(found, *carry[:2], value_at(max_learning_rate, state.step)), keep
+
+        rates = state.learning_rate, state.momentum, state.key
+        if template:  # A tree without numbers has no curvature.
+            rates = when.run(state.step, estimate, rates)
+        trace = tree_math.add_scaled(updates, rates[1], state.trace)
+        step = optax.safe_increment(state.step)
+        return tree_math.scale(-rates[0], trace), SgdByCurvatureState(step, *rates[:2], trace, rates[2])
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
