@@ -18,8 +18,6 @@ SIBLINGS = {
     "reuse_direction": "looksam",
     "scale_by_hutchinson": "sassha",
 }
-FAMILIES = ("sam", "averaging", "entropy", "replicas", "sparse", "sphere")
-SIBLINGS = {"gadamx": "gadam", "msam_sgd": "msam", "reuse_direction": "looksam"}
 FAMILIES = ("sam", "averaging", "entropy", "replicas", "sparse", "sphere", "learning_rates")
 
 

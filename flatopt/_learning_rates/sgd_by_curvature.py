@@ -94,34 +94,31 @@ def sgd_by_curvature(
     max_learning_rate: optax.ScalarOrSchedule = 1.0,
     key: rng.KeyLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SGD that takes its learning rate and momentum from the Hessian, every so many updates.
+    r"""SGD that takes its learning rate and momentum from its Hessian.
 
     .. math:: m \leftarrow \beta m + g, \qquad w \leftarrow w - \eta \, m
 
     Args:
       learning_rate, momentum: before `start`, and while no direction curves upwards: numbers.
-      start, every: when it estimates; see `gradient_at`. Static.
-      num_steps, rule, mu: see `measures.lanczos_rates`; None is 20. Static.
-      max_learning_rate: what an estimate is cut to, > 0: a number, array, or schedule.
+      start, every, num_steps, rule, mu: see `gradient_at` and `measures.lanczos_rates`. Static.
+      max_learning_rate: what an estimate is cut to, > 0: a number, a traced array, or a schedule.
       key: an int seed, a key from `jax.random.key`, or its uint32 key data.
 
     Returns:
-      A whole optimiser; `update` needs `params` and `grad_fn`. `update(..., start_vector=tree)`
-      takes the place of Lanczos's random start.
+      A whole optimiser; `update` needs `params`, `grad_fn`, and may take a `start_vector`.
 
     Examples:
       >>> import jax.numpy as jnp, flatopt
       >>> tx, w, curvatures = flatopt.sgd_by_curvature(0.1), jnp.ones(50), jnp.linspace(1.0, 4.0, 50)
       >>> grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * curvatures @ w**2)
-      >>> _, opt_state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
-      >>> print(f"{opt_state.learning_rate:.3f} {opt_state.momentum:.3f}")
+      >>> _, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+      >>> print(f"{state.learning_rate:.3f} {state.momentum:.3f}")
       0.444 0.111
 
     References:
       Granziol, Zohren, Roberts. Learning Rates as a Function of Batch Size. arXiv:2006.09092
 
-    Cost: `num_steps` extra gradients and their derivatives an estimate; 0 copies beside SGD's
-    momentum (+`num_steps` temporary).
+    Cost: `num_steps` extra gradients, with derivatives, an estimate; 0 copies (+`num_steps`).
     """
     checks.check_number("learning_rate", learning_rate, low=0.0, schedule_allowed=False)
     checks.check_number("momentum", momentum, low=0.0, high=1.0, schedule_allowed=False)
@@ -150,18 +147,18 @@ def sgd_by_curvature(
 
         def estimate(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
             keep, use = stream.split(carry[2])
-            draw, rest = jax.random.split(use)
-            given = None if start_vector is None else to_vector(start_vector, params)
-            first = rng.normal_like(draw, template) if given is None else given
-            first = tuple(x.astype(w.dtype) for x, w in zip(first, template, strict=True))
-            found = how.estimate(multiply, first, rest, Loops())
+            first, rest = jax.random.split(use)
+            drawn = rng.normal_like(first, template)
+            begin = drawn if start_vector is None else to_vector(start_vector, params)
+            found = how.estimate(multiply, optax.tree.cast_like(begin, template), rest, Loops())
             return *guard(found, *carry[:2], value_at(max_learning_rate, state.step)), keep
 
-        rates = state.learning_rate, state.momentum, state.key
+        found = state.learning_rate, state.momentum, state.key
         if template:  # A tree without numbers has no curvature.
-            rates = when.run(state.step, estimate, rates)
-        trace = tree_math.add_scaled(updates, rates[1], state.trace)
+            found = when.run(state.step, estimate, found)
+        eta, beta, kept = found
+        trace = tree_math.add_scaled(updates, beta, state.trace)
         step = optax.safe_increment(state.step)
-        return tree_math.scale(-rates[0], trace), SgdByCurvatureState(step, *rates[:2], trace, rates[2])
+        return tree_math.scale(-eta, trace), SgdByCurvatureState(step, eta, beta, trace, kept)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -147,19 +147,16 @@ def lanczos_rates(
 ) -> LanczosRates:
     r"""A learning rate and a momentum from the ends of the Hessian's spectrum.
 
-    .. math:: \eta = 4 / (\sqrt\lambda + \sqrt\mu)^2, \qquad
-        \beta = ((\sqrt\lambda - \sqrt\mu) / (\sqrt\lambda + \sqrt\mu))^2
+    .. math:: \eta = 4 / (\sqrt\lambda + \sqrt\mu)^2, \qquad \beta = 1 - \eta \sqrt{\lambda \mu}
 
     Args:
       loss_fn, params, batches, weights, mask: see `hessian_vector_product`.
-      num_steps: products with the Hessian, >= 1. Static.
-      rule: "polyak" as above; the authors' programs: "median", 2 / (lambda + median), "authors",
-        with mu for one root of mu, and "normalised". Static.
+      rule: "polyak" as above; the authors' programs: "median", "authors", "normalised". Static.
       mu: "smallest" absolute Ritz value but one of most weight, or their "median". Static.
-      key: random key or integer seed of the start vector.
+      num_steps, key: products with the Hessian, >= 1 (static); random key or integer seed.
 
     Returns:
-      `LanczosRates`: rates for SGD on these data. Negative curvatures count by their size.
+      `LanczosRates`: for SGD on these data. Negative curvatures count by their size.
 
     Examples:
       >>> import jax.numpy as jnp
