@@ -8,7 +8,7 @@ import optax
 from flatopt._core import checks, registry
 from flatopt._core.timing import value_at
 from flatopt._sphere.groups import Groups
-from flatopt._sphere.project_to_sphere import ProjectToSphereState, project_to_sphere, radii
+from flatopt._sphere.project_to_sphere import ProjectToSphereState, project_to_sphere, radii_at
 
 
 def descend(radius: jax.Array, g: jax.Array, rate: Any) -> jax.Array:
@@ -64,7 +64,7 @@ def fixed_elr(
         del extra_args
         checks.require_params("fixed_elr", params)
         rate = value_at(learning_rate, state.step)
-        own = (radii(radius, state.radius, state.step),)
+        own = (radii_at(state.step, radius, state.radii),)
         still = optax.tree.zeros_like(updates)
         steps = division.map(lambda r, g, _: descend(r, g, rate), params, own, updates, still)
         return sphere.update(steps, state, params)

@@ -33,8 +33,8 @@ class Groups:
         """The label of each leaf; None for a leaf in no group, as one that holds no numbers."""
         leaves = jax.tree.leaves(params)
         labels = self._given(params, len(leaves))
-        moved = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves]
-        return [label if is_moved else None for label, is_moved in zip(labels, moved, strict=True)]
+        pairs = zip(labels, leaves, strict=True)
+        return [label if tree_math.is_inexact(x) else None for label, x in pairs]
 
     def norms(self, tree: Any, params: Any) -> Values:
         """The norm of each group of `tree`, a tree like `params`; float32 at least."""
@@ -51,14 +51,16 @@ class Groups:
 
         A leaf in no group is that of the last tree.
         """
-        labels = self.labels(params)
+        labels, structure = self.labels(params), jax.tree.structure(params)
         order = {label: i for i, label in enumerate(_in_order(labels))}
-        leaves = zip(*map(jax.tree.leaves, trees), strict=True)
-        mapped = [
-            own[-1] if label is None else function(*(v[order[label]] for v in values), *own)
-            for label, own in zip(labels, leaves, strict=True)
-        ]
-        return jax.tree.unflatten(jax.tree.structure(trees[-1]), mapped)
+
+        def leaf(label: Hashable, *own: Any) -> Any:
+            if label is None:
+                return own[-1]
+            return function(*(v[order[label]] for v in values), *map(jnp.asarray, own))
+
+        leaves = (structure.flatten_up_to(tree) for tree in trees)
+        return jax.tree.unflatten(structure, map(leaf, labels, *leaves))
 
     def _given(self, params: Any, number: int) -> list[Hashable]:
         """The labels as they were given, one a leaf."""
@@ -81,11 +83,12 @@ class Groups:
 
     def _reduce(self, whole: Any, unit: Any, params: Any, *trees: Any) -> Values:
         """`whole` of the leaves of each group, or `unit` of the units of each leaf."""
-        labels = self.labels(params)
-        leaves = [jax.tree.leaves(tree) for tree in trees]
+        labels, structure = self.labels(params), jax.tree.structure(params)
+        # An update may lack what the parameters have: of a random key there is no gradient.
+        leaves = [list(zip(labels, structure.flatten_up_to(tree), strict=True)) for tree in trees]
         reduced = []
         for label in _in_order(labels):
-            own = [[x for x, of in zip(part, labels, strict=True) if of == label] for part in leaves]
+            own = [[jnp.asarray(x) for of, x in part if of == label] for part in leaves]
             if self.groups == "unit" and own[0][0].ndim > 1:
                 reduced.append(unit(*(part[0] for part in own), self._axes(own[0][0])))
             else:

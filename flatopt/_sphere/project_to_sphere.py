@@ -16,12 +16,12 @@ class ProjectToSphereState(NamedTuple):
 
     Attributes:
       step: int32 scalar, number of updates so far.
-      radius: one array a group, in the order of their first leaves: a scalar, or with
+      radii: one array a group, in the order of their first leaves: a scalar, or with
         `groups="unit"` one entry a unit.
     """
 
     step: jax.Array
-    radius: Values
+    radii: Values
 
 
 def land(radius: jax.Array, norm: jax.Array, w: jax.Array, u: jax.Array) -> jax.Array:
@@ -30,7 +30,8 @@ def land(radius: jax.Array, norm: jax.Array, w: jax.Array, u: jax.Array) -> jax.
     target = radius / jnp.where(norm == 0, 1, norm) * (wide + u)
     # Without a direction there is nowhere to go; a norm that is NaN does not hide here.
     target = jnp.where((norm == 0) | (radius == 0), wide, target)
-    return (target - wide).astype(u.dtype)
+    # Where the gradient is narrower than the weights, its dtype would miss the sphere.
+    return (target - wide).astype(jnp.promote_types(u.dtype, w.dtype))
 
 
 def direction(norm: jax.Array, w: jax.Array) -> jax.Array:
@@ -83,7 +84,7 @@ def project_to_sphere(
 
     def init_fn(params: optax.Params) -> ProjectToSphereState:
         step = jnp.zeros([], jnp.int32)
-        return ProjectToSphereState(step, radii(radius, division.norms(params, params), step))
+        return ProjectToSphereState(step, radii_at(step, radius, division.norms(params, params)))
 
     def update_fn(
         updates: optax.Updates,
@@ -98,7 +99,7 @@ def project_to_sphere(
             unit = division.map(direction, params, norms, params)
             along = (division.products(unit, updates, params),)
             updates = division.map(to_tangent, params, along, unit, updates)
-        kept = radii(radius, state.radius, state.step)
+        kept = radii_at(state.step, radius, state.radii)
         reached = jax.tree.map(_add, params, updates)
         both = kept, division.norms(reached, params)
         updates = division.map(land, params, both, params, updates)
@@ -107,7 +108,7 @@ def project_to_sphere(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def radii(radius: optax.ScalarOrSchedule | None, before: Values, step: jax.Array) -> Values:
+def radii_at(step: jax.Array, radius: optax.ScalarOrSchedule | None, before: Values) -> Values:
     """The radii of a step: those from `before`, or `radius`."""
     if radius is None:
         return before
@@ -116,6 +117,6 @@ def radii(radius: optax.ScalarOrSchedule | None, before: Values, step: jax.Array
 
 def _add(w: jax.Array, u: jax.Array) -> jax.Array:
     """The sum in float32 at least; of what no number can be added to, nothing."""
-    if not jnp.issubdtype(jnp.result_type(w), jnp.inexact):
+    if not tree_math.is_inexact(w):
         return w
-    return w.astype(tree_math.accumulator_dtype(w.dtype)) + u
+    return jnp.asarray(w, tree_math.accumulator_dtype(jnp.result_type(w))) + u

@@ -28,7 +28,9 @@ def test_decay_shortens_the_weights_and_quickens_them():
     """What a fixed effective learning rate takes away: SGD's own rises as the decay acts."""
     rate, w = 0.1, jnp.array([3.0, 4.0])
     tx = optax.chain(
-        flatopt.record_effective_learning_rate(rate), optax.add_decayed_weights(0.5), optax.sgd(rate)
+        flatopt.record_effective_learning_rate(rate),
+        optax.add_decayed_weights(0.5),
+        optax.sgd(rate),
     )
     state, seen = tx.init(w), []
     for _ in range(3):

@@ -47,7 +47,7 @@ def test_replays(golden: Golden) -> None:
         optax.partition({True: on_sphere, False: optax.sgd(rest)}, sphere),
     )
     replayed = replay(golden, tx, loss_fn=invariant_loss)
-    radii = optax.tree.get(tx.init(start), "radius")
+    radii = optax.tree.get(tx.init(start), "radii")
     norms = jnp.concatenate([r.ravel() for r in radii])
     replayed |= {"pnorm": np.asarray(norms.mean()), "lr": np.asarray(own)}
     np.testing.assert_allclose(norms, replayed["pnorm"], rtol=1e-12)

@@ -56,7 +56,7 @@ def test_labels_say_what_shares_a_sphere_and_what_moves_freely():
         np.testing.assert_allclose(last, first, rtol=1e-6)
         np.testing.assert_array_equal(landed["free"], [6.0])
         state = flatopt.project_to_sphere(groups).init(params)
-        np.testing.assert_allclose(optax.tree.get(state, "radius"), [first], rtol=1e-6)
+        np.testing.assert_allclose(optax.tree.get(state, "radii"), [first], rtol=1e-6)
 
 
 def test_labels_stand_inside_masked_and_partition():
@@ -136,7 +136,7 @@ def test_half_precision_does_not_wander_off():
     params = jnp.asarray(rng.normal(size=200), jnp.bfloat16)
     tx, norm = flatopt.project_to_sphere(), optax.tree.norm(params.astype(jnp.float32))
     state = tx.init(params)
-    assert state.radius[0].dtype == jnp.float32
+    assert state.radii[0].dtype == jnp.float32
     update = jax.jit(tx.update)
     for _ in range(200):
         step = jnp.asarray(0.1 * rng.normal(size=200), jnp.bfloat16)
@@ -166,12 +166,23 @@ def test_a_radius_may_follow_a_schedule():
         updates, state = tx.update(jnp.array([0.1, 0.0]), state, w)
         w = w + updates
         np.testing.assert_allclose(jnp.linalg.norm(w), radius, rtol=1e-6)
-        np.testing.assert_allclose(state.radius[0], radius, rtol=1e-6)
+        np.testing.assert_allclose(state.radii[0], radius, rtol=1e-6)
 
 
 def test_integers_and_what_is_not_there_pass():
-    params = {"w": jnp.array([3.0, 4.0]), "count": jnp.array(3), "none": None}
-    updates = {"w": jnp.array([1.0, 0.0]), "count": jnp.array(1), "none": None}
-    landed = _step(flatopt.project_to_sphere(), updates, params)
-    assert landed["count"] == 4
-    np.testing.assert_allclose(jnp.linalg.norm(landed["w"]), 5.0, rtol=1e-6)
+    w, key = jnp.array([3.0, 4.0]), jax.random.key(0)
+    params = {"w": w, "count": jnp.array(3), "none": None, "key": key}
+    updates = {"w": jnp.array([1.0, 0.0]), "count": jnp.array(1), "none": None, "key": None}
+    for groups in ("all", "leaf", "unit"):
+        tx = flatopt.project_to_sphere(groups, tangent=True)
+        moves, _ = tx.update(updates, tx.init(params), params)
+        assert moves["count"] == 1
+        assert moves["key"] is None
+        np.testing.assert_allclose(jnp.linalg.norm(w + moves["w"]), 5.0, rtol=1e-6)
+
+
+def test_half_gradients_land_where_full_ones_do():
+    """Rounded to the gradient's bfloat16, the way to the sphere would miss it by 2^-9."""
+    w, step = jnp.linspace(0.5, 1.5, 50), jnp.full(50, 0.25, jnp.bfloat16)
+    landed = _step(flatopt.project_to_sphere(), step, w)
+    np.testing.assert_allclose(jnp.linalg.norm(landed), jnp.linalg.norm(w), rtol=1e-6)
