@@ -2,7 +2,7 @@
 
 `python -m benchmarks.batch_hessian --json benchmarks/results/batch_hessian.json`. Networks are
 trained on digits; at several moments of a run the Hessian of the loss of random batches is measured
-beside that of all training images, and how fast the surplus falls is fitted.
+beside that of all training images, and two laws are fitted to how the surplus falls.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from examples import digits
 WIDTHS = (64, 48, 10)
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 LEARNING_RATE, BATCH = 0.1, 64
+LAWS = {"c / sqrt(B)": 0.5, "c / B": 1.0}
 
 
 def _train(key: jax.Array, train: tuple[jax.Array, jax.Array], moments: Sequence[int]) -> Any:
@@ -67,12 +68,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         return _top(params, train[0][rows], labels[rows])
 
     def all_of(size: int) -> jax.Array:
-        draws = jax.random.split(jax.random.key(size), args.batches)
-
-        def one(params: Any) -> jax.Array:
+        def one(params: Any, key: jax.Array) -> jax.Array:
+            draws = jax.random.split(jax.random.fold_in(key, size), args.batches)
             return jax.lax.map(lambda key: at(params, key, size), draws)
 
-        return jax.jit(jax.vmap(jax.vmap(one)))(params)
+        # Batches of their own for each seed and moment: standard errors are over seeds.
+        own = jax.vmap(lambda key: jax.random.split(key, len(args.moments)))(keys)
+        return jax.jit(jax.vmap(jax.vmap(one)))(params, own)
 
     whole = jax.jit(jax.vmap(jax.vmap(lambda w: _top(w, *train))))(params)
     return {
@@ -91,21 +93,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def exponents(results: dict[str, Any]) -> np.ndarray:
-    r"""[seeds, moments], the slope of log surplus against log size, without replacement.
+def unexplained(results: dict[str, Any]) -> dict[str, np.ndarray]:
+    r"""[moments] for each law: what it leaves of the surplus over the whole, a share in [0, 1].
 
-    Batches without replacement grow into the whole: the surplus is taken over the factor
-    :math:`1 - B / N` of their variance, to a power of the slope itself for a pure 1 / B.
+    The surplus of batches of B among N images, averaged over them and the seeds, is fitted by
+    :math:`c \, x^p` with :math:`x = 1/B - 1/N`, to which the variance of such a batch is
+    proportional. The share is that of its squares.
     """
-    whole = np.array(results["whole"])
+    whole = np.array(results["whole"]).mean(0)
     sizes = np.array([int(n) for n in results["batch"]])
-    means = np.stack([np.mean(x, -1) for x in results["batch"].values()])
-    surplus = np.maximum(means - whole, 1e-12)
-    left = 1 / sizes - 1 / results["settings"]["train_size"]
-    small = sizes <= results["settings"]["train_size"] / 4
-    rows = surplus[small].reshape(int(small.sum()), -1)
-    slopes = np.polyfit(np.log(left[small]), np.log(rows), 1)[0]
-    return -slopes.reshape(whole.shape)
+    surplus = np.stack([np.mean(x, (0, 2)) for x in results["batch"].values()]) - whole
+    left = (1 / sizes - 1 / results["settings"]["train_size"])[:, None]
+    found = {}
+    for law, power in LAWS.items():
+        x = left**power
+        factor = (x * surplus).sum(0) / (x * x).sum(0)
+        found[law] = ((surplus - factor * x) ** 2).sum(0) / (surplus**2).sum(0)
+    return found
 
 
 def lines(results: dict[str, Any]) -> list[str]:
@@ -118,9 +122,9 @@ def lines(results: dict[str, Any]) -> list[str]:
         ratio = np.mean(values, -1) / whole
         rows.append(f"| {size} | {' | '.join(Estimate.of(r).show(2) for r in ratio.T)} |")
     rows.append("| all, the eigenvalue | " + " | ".join(_number(v) for v in whole.T) + " |")
-    slopes = exponents(results)
-    rows.append("| exponent of the surplus | " + " | ".join(
-        Estimate.of(s).show(2) for s in slopes.T) + " |")  # fmt: skip
+    for law, shares in unexplained(results).items():
+        cells = " | ".join(f"{100 * share:.0f} %" for share in shares)
+        rows.append(f"| surplus not explained by {law} | {cells} |")
     return rows
 
 

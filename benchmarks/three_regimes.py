@@ -1,4 +1,4 @@
-"""Records what `examples.three_regimes` measures: `python -m benchmarks.three_regimes --json ...`."""
+"""Records what `examples.three_regimes` finds: `python -m benchmarks.three_regimes --json ...`."""
 
 import time
 from pathlib import Path

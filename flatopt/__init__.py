@@ -48,6 +48,8 @@ from flatopt._entropy.entropy_sgd import entropy_sgd
 from flatopt._entropy.exponential_scoping import exponential_scoping
 from flatopt._entropy.langevin import langevin
 from flatopt._entropy.local_entropy import local_entropy
+from flatopt._learning_rates.batch_scaling import batch_scaling
+from flatopt._learning_rates.sgd_by_curvature import SgdByCurvatureState, sgd_by_curvature
 from flatopt._monitoring import (
     CosineState,
     DistanceState,
@@ -56,8 +58,6 @@ from flatopt._monitoring import (
     record_distance,
     record_gradient_norm,
 )
-from flatopt._learning_rates.batch_scaling import batch_scaling
-from flatopt._learning_rates.sgd_by_curvature import SgdByCurvatureState, sgd_by_curvature
 from flatopt._replicas.couple_replicas import couple_replicas
 from flatopt._replicas.gossip import gossip, mixing_matrix
 from flatopt._replicas.hold_replicas import HoldReplicasState, hold_replicas
@@ -98,12 +98,12 @@ from flatopt._sam.xsam import follow_arc, xsam
 from flatopt._sam.zsharp import keep_large_zscores, zsharp
 from flatopt._sparse.densities import erk_sparsities, mask_density
 from flatopt._sparse.sparse_training import SparseTrainingState, sparse_training
-from flatopt._sphere.fixed_elr import fixed_elr
-from flatopt._sphere.project_to_sphere import ProjectToSphereState, project_to_sphere
 from flatopt._sphere.effective_learning_rate import (
     EffectiveLearningRateState,
     record_effective_learning_rate,
 )
+from flatopt._sphere.fixed_elr import fixed_elr
+from flatopt._sphere.project_to_sphere import ProjectToSphereState, project_to_sphere
 
 if TYPE_CHECKING:
     from flatopt import curves, landscape, measures, samplers

@@ -26,8 +26,10 @@ def batch_scaling(
 
     Examples:
       >>> import flatopt
-      >>> print(flatopt.batch_scaling(0.1, 128, 512), flatopt.batch_scaling(0.1, 128, 512, rule="sqrt"))
-      0.4 0.2
+      >>> print(flatopt.batch_scaling(0.1, 128, 512))
+      0.4
+      >>> print(flatopt.batch_scaling(0.1, 128, 512, rule="sqrt"))
+      0.2
 
     References:
       Granziol, Zohren, Roberts. Learning Rates as a Function of Batch Size: A Random Matrix Theory

@@ -1,7 +1,7 @@
 """SGD whose learning rate follows from its Hessian (Granziol et al., arXiv:2006.09092)."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,9 @@ import optax
 from flatopt._core import checks, registry, rng, tree_math
 from flatopt._core.batches import Loops
 from flatopt._core.timing import Every, value_at
-from flatopt.measures._lanczos_rates import LanczosRates, Rule
+
+if TYPE_CHECKING:
+    from flatopt.measures._lanczos_rates import LanczosRates, Rule
 
 Vector = tuple[jax.Array, ...]  # Real and not empty, in float32 at least.
 
@@ -35,7 +37,7 @@ class SgdByCurvatureState(NamedTuple):
 
 
 def guard(
-    found: LanczosRates, learning_rate: jax.Array, momentum: jax.Array, highest: Any
+    found: "LanczosRates", learning_rate: jax.Array, momentum: jax.Array, highest: Any
 ) -> tuple[jax.Array, jax.Array]:
     """The rates to go on with: the old ones where no direction curves upwards; NaN shows."""
     own = momentum if found.momentum is None else found.momentum
@@ -74,8 +76,8 @@ def _moves(w: Any) -> bool:
 
 
 def rates_at(
-    how: Rule, grad_fn: Callable[[Any, Any], Any], params: Any, start: Any, key: jax.Array
-) -> LanczosRates:
+    how: "Rule", grad_fn: Callable[[Any, Any], Any], params: Any, start: Any, key: jax.Array
+) -> "LanczosRates":
     """What the Hessian at `params` asks for, from a tree to start from or, None, a random one."""
     point = to_vector(params, params)
     first, rest = jax.random.split(key)
@@ -131,6 +133,8 @@ def sgd_by_curvature(
 
     Cost: 0 extra gradients, `num_steps` Hessian-vector products in `every` updates; 0 copies.
     """
+    from flatopt.measures._lanczos_rates import Rule  # Not above: most runs need no measures.
+
     checks.check_number("learning_rate", learning_rate, low=0.0, schedule_allowed=False)
     checks.check_number("momentum", momentum, low=0.0, high=1.0, schedule_allowed=False)
     checks.check_number("max_learning_rate", max_learning_rate, low=0.0, low_allowed=False)
@@ -162,7 +166,7 @@ def sgd_by_curvature(
         if any(map(_moves, jax.tree.leaves(params))):  # Else there is no curvature.
             rates = when.run(state.step, renew, rates)
         eta, beta, key = rates
-        trace = tree_math.add_scaled(updates, beta, state.trace)
+        trace = tree_math.add_scaled(tree_math.widened(updates, state.trace), beta, state.trace)
         step = optax.safe_increment(state.step)
         return tree_math.scale(-eta, trace), SgdByCurvatureState(step, eta, beta, trace, key)
 

@@ -52,5 +52,5 @@ def test_wrong_arguments_say_so():
             flatopt.batch_scaling(*arguments)
     with pytest.raises(ValueError, match="rule='cube' must be one of linear, sqrt"):
         flatopt.batch_scaling(0.1, 1, 2, rule="cube")
-    with pytest.raises(TypeError, match="new_batch=1.5 must be a Python int"):
+    with pytest.raises(TypeError, match=r"new_batch=1\.5 must be a Python int"):
         flatopt.batch_scaling(0.1, 1, 1.5)  # type: ignore[arg-type]

@@ -176,7 +176,7 @@ def test_between_two_estimates_rates_stay_and_no_products_are_taken():
 
     @jax.jit
     def step(params: Any, state: Any) -> Any:
-        def grad_fn(point: Any, i: Any) -> Any:
+        def grad_fn(point: Any, _: Any) -> Any:
             jax.debug.callback(lambda: calls.append(1))
             return jax.grad(loss)(point)
 

@@ -113,10 +113,9 @@ def test_the_radius_of_sam_is_an_angle(radius: float):
     angle, w = 0.2, radius * jnp.array([0.6, 0.8])
     points = []
 
-    def grad_fn(point: jax.Array, i: int) -> jax.Array:
+    def grad_fn(point: jax.Array, _: int) -> jax.Array:
         points.append(point)
-        direction = point / jnp.linalg.norm(point)
-        return jax.grad(lambda p: p[0] / jnp.linalg.norm(p))(point) + 0 * direction
+        return jax.grad(lambda p: p[0] / jnp.linalg.norm(p))(point)
 
     tx = optax.chain(flatopt.sam(radius * jnp.tan(angle)), flatopt.fixed_elr(0.1))
     updates, _ = tx.update(grad_fn(w, 0), tx.init(w), w, grad_fn=grad_fn)
