@@ -88,8 +88,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         },
         "seeds": seeds,
         # [seeds, moments], and [seeds, moments, batches] for each size.
-        "whole": np.asarray(whole, float).tolist(),
-        "batch": {str(n): np.asarray(all_of(n), float).tolist() for n in args.sizes},
+        "whole": np.asarray(whole, float).round(5).tolist(),
+        "batch": {str(n): np.asarray(all_of(n), float).round(5).tolist() for n in args.sizes},
     }
 
 
@@ -120,10 +120,10 @@ def lines(results: dict[str, Any]) -> list[str]:
     rows = [f"| batch | {head} |", "| ---: |" + " ---: |" * len(moments)]
     for size, values in results["batch"].items():
         ratio = np.mean(values, -1) / whole
-        rows.append(f"| {size} | {' | '.join(Estimate.of(r).show(2) for r in ratio.T)} |")
+        rows.append(f"| {size} | {' | '.join(Estimate.of(r).show(3) for r in ratio.T)} |")
     rows.append("| all, the eigenvalue | " + " | ".join(_number(v) for v in whole.T) + " |")
     for law, shares in unexplained(results).items():
-        cells = " | ".join(f"{100 * share:.0f} %" for share in shares)
+        cells = " | ".join(f"{100 * share:.1f} %" for share in shares)
         rows.append(f"| surplus not explained by {law} | {cells} |")
     return rows
 

@@ -169,8 +169,8 @@ def batch_hessian(results: dict[str, Any]) -> Figure:
     for number, moment in enumerate(results["settings"]["moments"]):
         values = [report.Estimate.of(row) for row in ratios[:, :, number]]
         means, errors = [v.mean for v in values], [v.error or 0 for v in values]
-        look = {"color": COLOURS[number + 1], "marker": MARKERS[number + 1]}
-        axis.errorbar(sizes, means, errors, label=f"after {moment} steps", **look)
+        colour, marker, label = COLOURS[number + 1], MARKERS[number + 1], f"after {moment} steps"
+        axis.errorbar(sizes, means, errors, color=colour, marker=marker, label=label)
     axis.axhline(1.0, color="0.5", linestyle="--")
     axis.set(title="Top eigenvalue of a batch's Hessian", xlabel="images in the batch")
     axis.set(ylabel="over that of all images", xscale="log", xticks=sizes, xticklabels=sizes)

@@ -108,7 +108,8 @@ def train(rate: jax.Array, key: jax.Array, data: digits.Digits, args: Any) -> Ru
     error = flatopt.measures.scale_invariance_error(
         lambda w, batch: loss(w, head, *batch), params, (x[None], labels[None])
     )
-    return Run(*seen.T, loss(params, head, x, labels), jnp.mean(right), error)
+    losses, norms = seen.T
+    return Run(losses, norms, loss(params, head, x, labels), jnp.mean(right), error)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Groups:
 
         A leaf in no group is that of the last tree.
         """
-        labels, structure = self.labels(params), jax.tree.structure(params)
+        labels = self.labels(params)
         order = {label: i for i, label in enumerate(_in_order(labels))}
 
         def leaf(label: Hashable, *own: Any) -> Any:
@@ -59,8 +59,8 @@ class Groups:
                 return own[-1]
             return function(*(v[order[label]] for v in values), *map(jnp.asarray, own))
 
-        leaves = (structure.flatten_up_to(tree) for tree in trees)
-        return jax.tree.unflatten(structure, map(leaf, labels, *leaves))
+        leaves = map(leaf, labels, *(_leaves(tree, params) for tree in trees))
+        return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
     def _given(self, params: Any, number: int) -> list[Hashable]:
         """The labels as they were given, one a leaf."""
@@ -83,9 +83,8 @@ class Groups:
 
     def _reduce(self, whole: Any, unit: Any, params: Any, *trees: Any) -> Values:
         """`whole` of the leaves of each group, or `unit` of the units of each leaf."""
-        labels, structure = self.labels(params), jax.tree.structure(params)
-        # An update may lack what the parameters have: of a random key there is no gradient.
-        leaves = [list(zip(labels, structure.flatten_up_to(tree), strict=True)) for tree in trees]
+        labels = self.labels(params)
+        leaves = [list(zip(labels, _leaves(tree, params), strict=True)) for tree in trees]
         reduced = []
         for label in _in_order(labels):
             own = [[jnp.asarray(x) for of, x in part if of == label] for part in leaves]
@@ -99,6 +98,12 @@ class Groups:
         """The axes inside a unit."""
         own = (-1 if self.filter_axis is None else self.filter_axis) % x.ndim
         return tuple(axis for axis in range(x.ndim) if axis != own)
+
+
+def _leaves(tree: Any, params: Any) -> list[Any]:
+    """What `tree` has for each leaf of `params`; None where it lacks one, as for a random key."""
+    structure: Any = jax.tree.structure(params)
+    return structure.flatten_up_to(tree)
 
 
 def _in_order(labels: list[Hashable]) -> list[Hashable]:
