@@ -99,7 +99,7 @@ def sgd_by_curvature(
     momentum: jax.typing.ArrayLike = 0.0,
     every: int,
     start: int | None = None,
-    num_steps: int | None = None,
+    num_steps: int = 20,
     rule: str = "polyak",
     mu: str = "smallest",
     max_learning_rate: optax.ScalarOrSchedule = 1.0,
@@ -112,7 +112,7 @@ def sgd_by_curvature(
     Args:
       learning_rate, momentum: before `start`, and while no direction curves upwards: numbers.
       every, start: period of the estimates, and updates before the first; see `gradient_at`.
-      num_steps, rule, mu: see `measures.lanczos_rates`; None is 20. Static.
+      num_steps, rule, mu: see `measures.lanczos_rates`. Static.
       max_learning_rate: what an estimate is cut to, > 0: a number, a traced array, or a schedule.
       key: an int seed, a key from `jax.random.key`, or its uint32 key data.
 
@@ -122,16 +122,14 @@ def sgd_by_curvature(
     Examples:
       >>> import jax.numpy as jnp, flatopt
       >>> tx, w = flatopt.sgd_by_curvature(0.1, every=100), jnp.ones(50)
-      >>> curvatures = jnp.linspace(1.0, 4.0, 50)
-      >>> grad_fn = flatopt.make_grad_fn(lambda w: 0.5 * curvatures @ w**2)
-      >>> _, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+      >>> _, state = tx.update(w, tx.init(w), w, grad_fn=lambda w, i: jnp.linspace(1, 4, 50) * w)
       >>> print(f"{state.learning_rate:.3f} {state.momentum:.3f}")
       0.444 0.111
 
     References:
       Granziol, Zohren, Roberts. Learning Rates as a Function of Batch Size. arXiv:2006.09092
 
-    Cost: 0 extra gradients, `num_steps` Hessian-vector products in `every` updates; 0 copies.
+    Cost: 0 extra gradients, `num_steps` Hessian-vector products in `every` updates; 1 copy.
     """
     from flatopt.measures._lanczos_rates import Rule  # Not above: most runs need no measures.
 
@@ -139,7 +137,7 @@ def sgd_by_curvature(
     checks.check_number("momentum", momentum, low=0.0, high=1.0, schedule_allowed=False)
     checks.check_number("max_learning_rate", max_learning_rate, low=0.0, low_allowed=False)
     checks.check_count("every", every, 1, none_allowed=False)
-    how = Rule(20 if num_steps is None else num_steps, rule, mu)
+    how = Rule(num_steps, rule, mu)
     when, stream = Every.before_update(start, every), rng.Stream(key)
 
     def init_fn(params: optax.Params) -> SgdByCurvatureState:
