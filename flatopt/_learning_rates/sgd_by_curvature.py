@@ -36,14 +36,18 @@ class SgdByCurvatureState(NamedTuple):
     key: jax.Array
 
 
-def guard(
-    found: "LanczosRates", learning_rate: jax.Array, momentum: jax.Array, highest: Any
-) -> tuple[jax.Array, jax.Array]:
-    """The rates to go on with: the old ones where no direction curves upwards; NaN shows."""
-    own = momentum if found.momentum is None else found.momentum
+def follow(found: "LanczosRates", state: SgdByCurvatureState, highest: Any) -> SgdByCurvatureState:
+    """Takes what was found; not where no direction curves upwards. NaN shows."""
+    own = state.momentum if found.momentum is None else found.momentum
     upwards = ~(found.largest <= 0)
-    rate = jnp.where(upwards, found.learning_rate, learning_rate)
-    return jnp.minimum(rate, highest), jnp.where(upwards, own, momentum)
+    rate = jnp.where(upwards, found.learning_rate, state.learning_rate)
+    beta = jnp.where(upwards, own, state.momentum)
+    return state._replace(learning_rate=jnp.minimum(rate, highest), momentum=beta)
+
+
+def accumulate(state: SgdByCurvatureState, g: optax.Updates) -> optax.Updates:
+    r"""Heavy ball's momentum, :math:`\beta m + g`."""
+    return tree_math.add_scaled(tree_math.widened(g, state.trace), state.momentum, state.trace)
 
 
 def to_vector(tree: Any, like: Any) -> Vector:
@@ -133,39 +137,35 @@ def sgd_by_curvature(
     """
     from flatopt.measures._lanczos_rates import Rule  # Not above: most runs need no measures.
 
-    checks.check_number("learning_rate", learning_rate, low=0.0, schedule_allowed=False)
-    checks.check_number("momentum", momentum, low=0.0, high=1.0, schedule_allowed=False)
-    checks.check_number("max_learning_rate", max_learning_rate, low=0.0, low_allowed=False)
-    checks.check_count("every", every, 1, none_allowed=False)
+    _check(learning_rate, momentum, every, max_learning_rate)
     how = Rule(num_steps, rule, mu)
     when, stream = Every.before_update(start, every), rng.Stream(key)
 
     def init_fn(params: optax.Params) -> SgdByCurvatureState:
-        dtype = tree_math.scalar_dtype(params)
+        dtype, trace = tree_math.scalar_dtype(params), optax.tree.zeros_like(params)
         rates = jnp.asarray(learning_rate, dtype), jnp.asarray(momentum, dtype)
-        trace = optax.tree.zeros_like(params)
         return SgdByCurvatureState(jnp.zeros([], jnp.int32), *rates, trace, stream.init())
 
     def update_fn(
-        updates: optax.Updates,
-        state: SgdByCurvatureState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: Any, state: SgdByCurvatureState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, SgdByCurvatureState]:
         grad_fn = checks.require_grad_fn("sgd_by_curvature", extra_args.get("grad_fn"), params)
-        highest = value_at(max_learning_rate, state.step)
 
-        def renew(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-            keep, use = stream.split(carry[2])
+        def renew(state: SgdByCurvatureState) -> SgdByCurvatureState:
+            keep, use = stream.split(state.key)
             found = rates_at(how, grad_fn, params, extra_args.get("start_vector"), use)
-            return *guard(found, *carry[:2], highest), keep
+            return follow(found, state._replace(key=keep), value_at(max_learning_rate, state.step))
 
-        rates = state.learning_rate, state.momentum, state.key
-        if any(map(_moves, jax.tree.leaves(params))):  # Else there is no curvature.
-            rates = when.run(state.step, renew, rates)
-        eta, beta, key = rates
-        trace = tree_math.add_scaled(tree_math.widened(updates, state.trace), beta, state.trace)
-        step = optax.safe_increment(state.step)
-        return tree_math.scale(-eta, trace), SgdByCurvatureState(step, eta, beta, trace, key)
+        if tree_math.size(params):  # Else there is no curvature.
+            state = when.run(state.step, renew, state)
+        trace, step = accumulate(state, updates), optax.safe_increment(state.step)
+        return tree_math.scale(-state.learning_rate, trace), state._replace(step=step, trace=trace)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check(learning_rate: Any, momentum: Any, every: int, max_learning_rate: Any) -> None:
+    checks.check_number("learning_rate", learning_rate, low=0.0, schedule_allowed=False)
+    checks.check_number("momentum", momentum, low=0.0, high=1.0, schedule_allowed=False)
+    checks.check_count("every", every, 1, none_allowed=False)
+    checks.check_number("max_learning_rate", max_learning_rate, low=0.0, low_allowed=False)
