@@ -342,6 +342,14 @@ def test_a_table_without_results_is_empty(tmp_path: Path, monkeypatch):
     assert render.table("step_time_mlp", "../") == ""
 
 
+def test_results_keep_each_list_of_numbers_on_one_line(tmp_path: Path):
+    results = {"loss": [[0.5, 1e-7], []], "words": ["a [1,  2]", "b,\n c"], "rows": [{"x": 1}]}
+    record.write(tmp_path / "results.json", results)
+    text = (tmp_path / "results.json").read_text()
+    assert json.loads(text).items() >= results.items()
+    assert "\n  [0.5, 1e-07],\n" in text
+
+
 def test_the_hessian_of_batches_in_small(tmp_path: Path):
     path = tmp_path / "batch_hessian.json"
     flags = ["--seeds=2", "--batches=2", "--sizes", "8", "250", "--moments", "1", "4"]
