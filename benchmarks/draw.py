@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from benchmarks.compare import picture, report
 from benchmarks.record import RESULTS
-from examples import perceptron
+from examples import perceptron, three_regimes
 from flatopt.plots import COLOURS, STYLE, tick_powers
 
 PLOTS = Path(__file__).parent / "plots"
@@ -160,7 +160,27 @@ def sparse(results: dict[str, Any]) -> Figure:
     return figure
 
 
+def batch_hessian(results: dict[str, Any]) -> Figure:
+    """The top eigenvalue of a batch's Hessian over that of all images, over the batch's size."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    whole = np.array(results["whole"])
+    sizes = [int(size) for size in results["batch"]]
+    ratios = np.stack([np.mean(x, -1) / whole for x in results["batch"].values()])
+    for number, moment in enumerate(results["settings"]["moments"]):
+        values = [report.Estimate.of(row) for row in ratios[:, :, number]]
+        means, errors = [v.mean for v in values], [v.error or 0 for v in values]
+        colour, marker, label = COLOURS[number + 1], MARKERS[number + 1], f"after {moment} steps"
+        axis.errorbar(sizes, means, errors, color=colour, marker=marker, label=label)
+    axis.axhline(1.0, color="0.5", linestyle="--")
+    axis.set(title="Top eigenvalue of a batch's Hessian", xlabel="images in the batch")
+    axis.set(ylabel="over that of all images", xscale="log", xticks=sizes, xticklabels=sizes)
+    axis.minorticks_off()
+    axis.legend()
+    return figure
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], Figure]] = {
+    "batch_hessian": batch_hessian,
     "scaling": scaling,
     "sparse": sparse,
     "step_time": step_time,
@@ -202,7 +222,9 @@ def main() -> None:
         print(f"drew {path.name}")
     draw_comparison(RESULTS / "compare_digits.json", DOCS / "compare.png")
     draw_perceptron(RESULTS / "perceptron.json", DOCS / "perceptron.png")
-    print("drew compare.png and perceptron.png")
+    regimes = json.loads((RESULTS / "three_regimes.json").read_text())
+    three_regimes.draw(regimes, DOCS / "three_regimes.png")
+    print("drew compare.png, perceptron.png and three_regimes.png")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from benchmarks import provenance
 
 RESULTS = Path(__file__).parent / "results"
+_FLAT_LIST = re.compile(r"\[\n *([^][{}]*?)\n *\]")
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
@@ -20,7 +22,13 @@ def write(path: Path, results: dict[str, Any]) -> None:
         "environment": {name: os.environ[name] for name in sorted(os.environ) if _matters(name)},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(about | results, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(about | results, indent=1, allow_nan=False)
+    path.write_text(_FLAT_LIST.sub(_on_one_line, text) + "\n")
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    # Strings of JSON hold no line breaks, so what is in them stays as it is.
+    return "[" + re.sub(r",\n *", ", ", found[1]) + "]"
 
 
 def _matters(variable: str) -> bool:

@@ -17,6 +17,7 @@ from benchmarks import (
     accelerators,
     anneal,
     averages,
+    batch_hessian,
     compile_time,
     draw,
     local_entropy,
@@ -28,7 +29,7 @@ from benchmarks import (
     whole_run,
 )
 from benchmarks.compare.report import Estimate
-from examples import perceptron
+from examples import perceptron, three_regimes
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -178,6 +179,10 @@ def _local_entropy(results: dict[str, Any]) -> list[str]:
     return local_entropy.table(results["results"]).splitlines()
 
 
+def _three_regimes(results: dict[str, Any]) -> list[str]:
+    return three_regimes.table(results).splitlines()
+
+
 def _perceptron(results: dict[str, Any]) -> list[str]:
     return perceptron.table(results["arms"]).splitlines()
 
@@ -186,6 +191,7 @@ _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "accelerators": accelerators.lines,
     "anneal": anneal.lines,
     "averages": averages.lines,
+    "batch_hessian": batch_hessian.lines,
     "batch_norm_compare": _batch_norm,
     "compare": _compare,
     "compile_time": compile_time.lines,
@@ -196,6 +202,7 @@ _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "scaling": scaling.lines,
     "sparse": sparse.lines,
     "step_time": step_time.lines,
+    "three_regimes": _three_regimes,
     "whole_run": whole_run.lines,
 }
 

@@ -26,6 +26,8 @@ FAMILIES = {
     "entropy": "Local entropy",
     "replicas": "Replicas",
     "sparse": "Sparse training",
+    "sphere": "The sphere",
+    "learning_rates": "Learning rates",
     "monitoring": "Watching a run",
 }
 PAGES = {"core": "concepts", "monitoring": "measures"}

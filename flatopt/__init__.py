@@ -5,6 +5,8 @@ Averages                swa, params_ema, bema, swag, lookahead, ...: which weigh
 Local entropy           local_entropy, entropy_sgd, langevin: a Langevin loop around the weights
 Replicas                replicated_sgd, parle, gossip, ...: several copies that attract each other
 Sparse training         sparse_training: few weights, and which ones is learnt (RigL, SET)
+The sphere              project_to_sphere, fixed_elr: weights of fixed norm
+Learning rates          sgd_by_curvature, batch_scaling: measured or computed, not tuned
 By name                 methods(): what there is, for scripts and trainers that choose by a string
 Evaluation              eval_params(opt_state, params): the weights to evaluate, for all of these
 Monitoring              record_distance, record_cosine, ...: numbers about a run, in its state
@@ -46,6 +48,8 @@ from flatopt._entropy.entropy_sgd import entropy_sgd
 from flatopt._entropy.exponential_scoping import exponential_scoping
 from flatopt._entropy.langevin import langevin
 from flatopt._entropy.local_entropy import local_entropy
+from flatopt._learning_rates.batch_scaling import batch_scaling
+from flatopt._learning_rates.sgd_by_curvature import SgdByCurvatureState, sgd_by_curvature
 from flatopt._monitoring import (
     CosineState,
     DistanceState,
@@ -94,6 +98,12 @@ from flatopt._sam.xsam import follow_arc, xsam
 from flatopt._sam.zsharp import keep_large_zscores, zsharp
 from flatopt._sparse.densities import erk_sparsities, mask_density
 from flatopt._sparse.sparse_training import SparseTrainingState, sparse_training
+from flatopt._sphere.effective_learning_rate import (
+    EffectiveLearningRateState,
+    record_effective_learning_rate,
+)
+from flatopt._sphere.fixed_elr import fixed_elr
+from flatopt._sphere.project_to_sphere import ProjectToSphereState, project_to_sphere
 
 if TYPE_CHECKING:
     from flatopt import curves, landscape, measures, samplers
@@ -236,6 +246,16 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     "mask_density",
     "sparse_training",
     "SparseTrainingState",
+    # the sphere
+    "EffectiveLearningRateState",
+    "fixed_elr",
+    "project_to_sphere",
+    "ProjectToSphereState",
+    "record_effective_learning_rate",
+    # learning rates
+    "batch_scaling",
+    "sgd_by_curvature",
+    "SgdByCurvatureState",
     # monitoring
     "CosineState",
     "DistanceState",

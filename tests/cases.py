@@ -254,6 +254,15 @@ CASES = [
     Case("sparse_training", "wrapper", {"optimizer": sgd(), "sparsity": 0.5, "order": "after", "start": 2, "every": 4, "stop": 6, "fraction": 0.5}, extra_evaluations=2, copies=0.25, variant="after"),
     Case("sparse_training", "wrapper", {"optimizer": optax.chain(flatopt.sam(0.05), sgd()), "sparsity": 0.5, "order": "before", "every": 3, "fraction": 0.5}, extra_evaluations=10, copies=0.25, variant="sam"),
     Case("sparse_training", "wrapper", {"optimizer": sgd(), "sparsity": 0.5, "grow": None}, copies=0.25, variant="static"),
+    # the sphere
+    Case("project_to_sphere", "average", {"radius": 0.3}, "radius"),
+    Case("project_to_sphere", "average", {"groups": "leaf", "radius": 0.1, "tangent": True}, "radius", variant="leaf_tangent"),
+    Case("project_to_sphere", "average", {"groups": "unit", "radius": 0.05}, "radius", copies=0.01, variant="unit"),
+    Case("fixed_elr", "wrapper", {"learning_rate": 0.05, "radius": 0.3}, "learning_rate", copies=-1),
+    Case("record_effective_learning_rate", "stage", {"learning_rate": LEARNING_RATE}),
+    # learning rates
+    Case("sgd_by_curvature", "wrapper", {"learning_rate": 0.05, "every": 5, "num_steps": 4, "max_learning_rate": 0.1}, "max_learning_rate", extra_evaluations=8),
+    Case("sgd_by_curvature", "wrapper", {"learning_rate": 0.05, "momentum": 0.9, "start": 3, "every": 3, "num_steps": 3, "rule": "median"}, extra_evaluations=9, variant="median"),
     # monitoring
     Case("record_gradient_norm", "stage", {}),
     Case("record_distance", "average", {"average": flatopt.swa()}, copies=1),

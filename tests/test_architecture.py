@@ -21,6 +21,8 @@ MECHANISMS = {
     "_entropy": ["exponential_scoping"],
     "_replicas": ["replicas"],
     "_sparse": ["densities"],
+    "_sphere": ["groups"],
+    "_learning_rates": [],
 }
 # Recipes: papers that are made of others.
 RECIPES = {
@@ -29,6 +31,9 @@ RECIPES = {
     "_averaging.fast_geometric_ensemble": {"_averaging.snapshots"},
     "_entropy.local_entropy": {"_entropy.langevin"},
     "_entropy.entropy_sgd": {"_entropy.local_entropy", "_entropy.langevin"},
+    # A method that measures: the one process of Lanczos.
+    "_learning_rates.sgd_by_curvature": {"measures._lanczos_rates"},
+    "_sphere.fixed_elr": {"_sphere.project_to_sphere"},
     "_replicas.replicated_sgd": {"_replicas.hold_replicas", "_replicas.couple_replicas"},
 }
 CORE = [
@@ -52,6 +57,7 @@ INSIDE = {
         ["_variables", "_results", "_kl_inverse"],
         ["_basis", "_operator"],
         ["_lanczos", "_rises", "_trace", "_sharpness", "_keskar", "_gradients", "_critical"],
+        ["_scale_invariance", "_lanczos_rates"],
         ["_eigenvalues", "_density", "_local_energy", "_local_entropy", "_pac_bayes"],
         ["_pac_bayes_bound"],
         ["_pac_bayes_posterior"],

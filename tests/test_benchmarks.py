@@ -15,6 +15,7 @@ import pytest
 from benchmarks import (
     accelerators,
     anneal,
+    batch_hessian,
     by_hand,
     compile_time,
     draw,
@@ -23,6 +24,7 @@ from benchmarks import (
     models,
     noise,
     peers,
+    record,
     render,
     scaling,
     sparse,
@@ -32,12 +34,13 @@ from benchmarks import (
 )
 from tests import cases
 
-# Pieces of methods, what needs a named axis, what only records, what benchmarks.sparse measures.
+# Pieces of methods, what needs a named axis, what only records, what has a benchmark of its own.
 NOT_MEASURED = {
     "gradient_at", "reuse_direction", "scale_by_hutchinson",
     "couple_replicas", "gossip", "hold_replicas",
     "record_gradient_norm", "record_distance", "record_cosine",
     "sparse_training",
+    "project_to_sphere", "fixed_elr", "record_effective_learning_rate", "sgd_by_curvature",
 }  # fmt: skip
 
 
@@ -346,6 +349,46 @@ def test_anneal(rendered, monkeypatch):
 def test_a_table_without_results_is_empty(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(render, "RESULTS", tmp_path)
     assert render.table("step_time_mlp", "../") == ""
+
+
+def test_results_keep_each_list_of_numbers_on_one_line(tmp_path: Path):
+    results = {"loss": [[0.5, 1e-7], []], "words": ["a [1,  2]", "b,\n c"], "rows": [{"x": 1}]}
+    record.write(tmp_path / "results.json", results)
+    text = (tmp_path / "results.json").read_text()
+    assert json.loads(text).items() >= results.items()
+    assert "\n  [0.5, 1e-07],\n" in text
+
+
+def test_the_hessian_of_batches_in_small(tmp_path: Path):
+    path = tmp_path / "batch_hessian.json"
+    flags = ["--seeds=2", "--batches=2", "--sizes", "8", "250", "--moments", "1", "4"]
+    assert batch_hessian.main([*flags, "--json", str(path)]) == 0
+    results = json.loads(path.read_text())
+    assert np.shape(results["whole"]) == (2, 2)
+    assert np.shape(results["batch"]["8"]) == (2, 2, 2)
+    assert len(batch_hessian.lines(results)) == 2 + 2 + 1 + 2
+    assert [p.name for p in draw.draw(tmp_path, tmp_path)] == ["batch_hessian.png"]
+
+
+def test_a_surplus_of_one_over_the_batch_is_found_to_be_one():
+    sizes, whole = (8, 16, 32, 64), np.full((3, 1), 2.0)
+    batch = {str(b): np.full((3, 1, 5), 2.0 + 7.0 * (1 / b - 1 / 1000)).tolist() for b in sizes}
+    results = {"whole": whole.tolist(), "batch": batch, "settings": {"train_size": 1000}}
+    found = batch_hessian.unexplained(results)
+    assert found["c / B"] < 1e-12 < 0.05 < found["c / sqrt(B)"]
+
+
+def test_the_batch_alone_lifts_the_top_eigenvalue():
+    """What the page says of the committed numbers, at every moment of the run."""
+    results = json.loads((record.RESULTS / "batch_hessian.json").read_text())
+    whole = np.array(results["whole"])
+    ratios = {int(size): np.mean(x, -1) / whole for size, x in results["batch"].items()}
+    for moment in range(whole.shape[1]):
+        means = {size: ratio[:, moment].mean() for size, ratio in ratios.items()}
+        error = ratios[8][:, moment].std(ddof=1) / len(whole) ** 0.5
+        assert means[8] > 1 + 3 * error
+        assert means[8] > means[64] > means[512]
+        assert abs(means[512] - 1) < 0.05
 
 
 def test_the_dense_network_beside_a_sparse_one_has_as_many_weights():

@@ -18,7 +18,7 @@ SIBLINGS = {
     "reuse_direction": "looksam",
     "scale_by_hutchinson": "sassha",
 }
-FAMILIES = ("sam", "averaging", "entropy", "replicas", "sparse")
+FAMILIES = ("sam", "averaging", "entropy", "replicas", "sparse", "sphere", "learning_rates")
 
 
 def _family(method: str) -> str | None:

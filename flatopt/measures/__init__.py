@@ -18,6 +18,8 @@ from flatopt.measures._gradients import gradient_norm as gradient_norm
 from flatopt.measures._keskar import keskar_sharpness as keskar_sharpness
 from flatopt.measures._kl_inverse import kl_inverse as kl_inverse
 from flatopt.measures._kl_inverse import seeger_bound as seeger_bound
+from flatopt.measures._lanczos_rates import LanczosRates as LanczosRates
+from flatopt.measures._lanczos_rates import lanczos_rates as lanczos_rates
 from flatopt.measures._local_energy import LocalEnergy as LocalEnergy
 from flatopt.measures._local_energy import local_energy as local_energy
 from flatopt.measures._local_entropy import LocalEntropy as LocalEntropy
@@ -36,6 +38,7 @@ from flatopt.measures._pac_bayes_posterior import pac_bayes_optimise as pac_baye
 from flatopt.measures._quantise import quantisation_gap as quantisation_gap
 from flatopt.measures._quantise import quantise as quantise
 from flatopt.measures._results import Estimate as Estimate
+from flatopt.measures._scale_invariance import scale_invariance_error as scale_invariance_error
 from flatopt.measures._sharpness import adaptive_sharpness as adaptive_sharpness
 from flatopt.measures._sharpness import sam_sharpness as sam_sharpness
 from flatopt.measures._similarity import cka as cka
