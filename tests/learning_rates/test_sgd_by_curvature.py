@@ -212,7 +212,9 @@ def test_complex_weights_are_two_real_ones():
 
 
 def test_it_trains_a_network():
-    tx = flatopt.sgd_by_curvature(0.05, every=5, num_steps=6, mu="median")
+    # Uncut, the rate that one batch's Hessian asks for can be too high for the next batches.
+    kwargs = {"every": 5, "num_steps": 6, "mu": "median", "max_learning_rate": 0.3}
+    tx = flatopt.sgd_by_curvature(0.05, **kwargs)
     start = cases.init_params()
     params, _ = cases.run(tx, steps=40)
     before, after = (np.mean([cases.loss_fn(p, cases.make_batch(i)) for i in range(40)])
