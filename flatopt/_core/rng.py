@@ -210,7 +210,14 @@ def _draw_like(key: jax.Array, tree: Any, transform: Callable[[Words], jax.Array
         kind = jax.typeof(x)
         return transform(_words(key, next(numbers), kind.shape, sharding=kind.sharding))
 
-    return jax.tree.unflatten(structure, [leaf(x) for x in leaves])
+    return jax.tree.unflatten(structure, [_lie_like(leaf(x), x) for x in leaves])
+
+
+def _lie_like(draw: jax.Array, x: Any) -> jax.Array:
+    """Outside `jax.jit` no compiler lays the draw where it is used."""
+    if isinstance(draw, jax.core.Tracer) or not isinstance(x, jax.Array):
+        return draw
+    return jax.device_put(draw, x.sharding) if len(x.sharding.device_set) > 1 else draw
 
 
 def _in_rows(words: Callable[..., Words], transform: Callable[..., Any], size: int) -> jax.Array:

@@ -37,7 +37,9 @@ def _loss(params: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def _compiled(tx: optax.GradientTransformationExtraArgs, batch: int = BATCH) -> Any:
+def _compiled(
+    tx: optax.GradientTransformationExtraArgs, batch: int = BATCH, donate: bool = True
+) -> Any:
     def step(params: Any, opt_state: Any, x: jax.Array, labels: jax.Array) -> Any:
         grad_fn = flatopt.make_grad_fn(_loss, x, labels)
         _, grads = grad_fn.value_and_grad(params)
@@ -46,7 +48,7 @@ def _compiled(tx: optax.GradientTransformationExtraArgs, batch: int = BATCH) -> 
 
     params = _params()
     x, labels = jnp.ones([batch, WIDTHS[0]]), jnp.zeros([batch], jnp.int32)
-    jitted = jax.jit(step, donate_argnums=(0, 1))
+    jitted = jax.jit(step, donate_argnums=(0, 1) if donate else ())
     return jitted.lower(params, tx.init(params), x, labels).compile()
 
 
@@ -127,9 +129,10 @@ def test_temporary_copies_of_the_parameters(
     assert extra <= copies * copy, extra / copy
 
 
-def _accessed(tx: optax.GradientTransformationExtraArgs) -> float:
+def _accessed(tx: optax.GradientTransformationExtraArgs, donate: bool = True) -> float:
     """Bytes read and written, in copies of the parameters; a loop's body counts once."""
-    return _compiled(tx).cost_analysis()["bytes accessed"] / (4 * optax.tree.size(_params()))
+    bytes_accessed = _compiled(tx, donate=donate).cost_analysis()["bytes accessed"]
+    return bytes_accessed / (4 * optax.tree.size(_params()))
 
 
 def test_noise_is_no_pass_of_its_own():
@@ -153,9 +156,10 @@ def test_noise_in_a_loop_is_no_pass_of_its_own():
 
 
 def test_random_perturbations_read_and_write_no_more_than_sam():
-    sam = _accessed(optax.chain(flatopt.sam(0.05), _base()))
-    assert _accessed(optax.chain(flatopt.rwp(0.01), _base())) <= sam
-    assert _accessed(optax.chain(flatopt.arwp(0.01), _base())) <= sam
+    """Nothing donated: where a gradient is taken at the weights alone, SGD's too, XLA copies them."""
+    sam = _accessed(optax.chain(flatopt.sam(0.05), _base()), donate=False)
+    for stage in (flatopt.rwp(0.01), flatopt.arwp(0.01)):
+        assert _accessed(optax.chain(stage, _base()), donate=False) <= sam + 0.1
 
 
 def test_a_step_of_the_local_entropy_reads_and_writes_little():
@@ -196,13 +200,10 @@ def test_lookahead_reads_and_writes_little_more_than_sgd():
 def test_msam_with_known_momentum_reads_and_writes_little_more_than_sgd():
     """One pass more, for the norm; as without it, two more, for a copy of the old momentum."""
 
-    def accessed(tx: optax.GradientTransformationExtraArgs) -> float:
-        return _compiled(tx).cost_analysis()["bytes accessed"] / (4 * optax.tree.size(_params()))
-
-    base = accessed(_base())
+    base = _accessed(_base())
     rarely = _rarely("bytes accessed") / (4 * optax.tree.size(_params()))
-    assert accessed(flatopt.msam_sgd(0.1, 0.3, momentum=MOMENTUM)) - rarely <= base + 1.5
-    assert accessed(flatopt.msam(_base(), 0.3)) - rarely <= base + 4.5
+    assert _accessed(flatopt.msam_sgd(0.1, 0.3, momentum=MOMENTUM)) - rarely <= base + 1.5
+    assert _accessed(flatopt.msam(_base(), 0.3)) - rarely <= base + 4.5
 
 
 def test_msam_state_is_the_inner_state_and_three_scalars():
