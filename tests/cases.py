@@ -115,6 +115,17 @@ class Case:
         """Parameters and state after `run`: what most tests compare with, so computed once."""
         return run(self.build())
 
+    @functools.cached_property
+    def first_step(self) -> tuple[Any, Any]:
+        """Parameters and state after one step without `jax.jit`."""
+        return run(self.build(), steps=1, transform=lambda f: f)
+
+    @functools.cached_property
+    def halved(self) -> optax.GradientTransformationExtraArgs:
+        """The method with half of its hyperparameter."""
+        assert self.hyperparameter is not None
+        return self.build(**{self.hyperparameter: 0.5 * self.kwargs[self.hyperparameter]})
+
     def build_on(
         self, base: Callable[[], Any], learning_rate: Any, **overrides: Any
     ) -> optax.GradientTransformationExtraArgs:

@@ -45,6 +45,16 @@ TESTS_BETWEEN_CLEARINGS = 150
 _DONE = pytest.StashKey[int]()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests of one method in a row: what they compile is shared before it is forgotten."""
+
+    def method(item: pytest.Item) -> str:
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        return getattr(case, "factory", "")
+
+    items.sort(key=method)
+
+
 @pytest.fixture(autouse=True)
 def _forget_compiled_programs(request: pytest.FixtureRequest):
     """Every so many tests: each program maps memory, and a process may have so many maps only."""

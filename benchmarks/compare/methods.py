@@ -7,7 +7,9 @@ The radii were fixed before the comparison was run, not tuned on its test images
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import optax
 
 import flatopt
@@ -294,8 +296,10 @@ def _of_case(case: Case) -> Method:
         if case.kind == "average" and {"start", "every"} <= set(takes):
             overrides = {"start": setting.average_start, "every": setting.steps_per_epoch}
         base = _sgd_for_averages if case.kind == "average" else _sgd
-        schedule = optax.cosine_decay_schedule(setting.learning_rate, setting.steps)
-        return case.build_on(lambda: base(setting), schedule, **overrides)
+        rate: Any = optax.cosine_decay_schedule(setting.learning_rate, setting.steps)
+        if "learning_rate" in takes and takes["learning_rate"].annotation == jax.typing.ArrayLike:
+            rate = setting.learning_rate  # A method that chooses its own rates takes a number.
+        return case.build_on(lambda: base(setting), rate, **overrides)
 
     about = (inspect.getdoc(factory) or "").splitlines()[0].rstrip(".")
     return Method(case.factory, build, f"{about}; not tuned", default=False)

@@ -215,7 +215,9 @@ def _draw_like(key: jax.Array, tree: Any, transform: Callable[[Words], jax.Array
 
 def _lie_like(draw: jax.Array, x: Any) -> jax.Array:
     """Outside `jax.jit` no compiler lays the draw where it is used."""
-    if isinstance(draw, jax.core.Tracer) or not isinstance(x, jax.Array):
+    if isinstance(draw, jax.core.Tracer) or isinstance(x, jax.core.Tracer):
+        return draw
+    if not isinstance(x, jax.Array):
         return draw
     return jax.device_put(draw, x.sharding) if len(x.sharding.device_set) > 1 else draw
 

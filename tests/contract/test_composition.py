@@ -23,26 +23,15 @@ def test_inside_a_chain_with_extra_arguments(case: Case):
     loss, grads = jax.value_and_grad(cases.loss_fn)(params, cases.make_batch())
     grad_fn = flatopt.make_grad_fn(cases.loss_fn, cases.make_batch())
     updates, _ = tx.update(grads, opt_state, params, value=loss, grad_fn=grad_fn)
-    expected, _ = cases.run(case.build(), params, steps=1, transform=lambda f: f)
-    cases.assert_equal(optax.apply_updates(params, updates), expected)
+    cases.assert_equal(optax.apply_updates(params, updates), case.first_step[0])
 
 
 @pytest.mark.parametrize("case", cases.main_cases())
-def test_named_chain_and_conditionally_transform(case: Case):
+def test_inside_the_wrappers_of_optax(case: Case):
+    """`conditionally_transform` in `named_chain` in `MultiSteps` of one."""
     inner = optax.conditionally_transform(case.build(), lambda step: step >= 0)
     named = optax.named_chain(("method", inner))
-    params, state = cases.run(named)
-    expected, expected_state = case.trained
-    cases.assert_close(params, expected)
-    cases.assert_close(
-        flatopt.eval_params(state, params), flatopt.eval_params(expected_state, expected)
-    )
-
-
-@pytest.mark.parametrize("case", cases.main_cases())
-def test_under_multi_steps_of_one(case: Case):
-    multi = optax.MultiSteps(case.build(), 1).gradient_transformation()
-    params, state = cases.run(multi)
+    params, state = cases.run(optax.MultiSteps(named, 1).gradient_transformation())
     expected, expected_state = case.trained
     cases.assert_close(params, expected)
     cases.assert_close(
@@ -132,19 +121,31 @@ def test_vmap_over_the_hyperparameter(case: Case):
 
     def train(value: jax.Array):
         tx = case.build(**{case.hyperparameter: value})
-        params = cases.init_params()
-        opt_state, step = tx.init(params), cases.train_step(tx)
-        for i in range(3):
-            params, opt_state = step(params, opt_state, cases.make_batch(i))
-        return params, flatopt.eval_params(opt_state, params)
+        params, step = cases.init_params(), cases.train_step(tx)
+        batches = jax.tree.map(lambda *xs: jnp.stack(xs), *[cases.make_batch(i) for i in range(3)])
+        carry, _ = jax.lax.scan(
+            lambda c, b: (step(*c, b), None), (params, tx.init(params)), batches
+        )
+        return carry[0], flatopt.eval_params(carry[1], carry[0])
 
     results = jax.jit(jax.vmap(train))(values)
-    for i, v in enumerate((value, 0.5 * value)):
-        params, state = cases.run(case.build(**{case.hyperparameter: v}), steps=3)
+    for i, tx in enumerate((case.build(), case.halved)):
+        params, state = cases.run(tx, steps=3)
         expected = params, flatopt.eval_params(state, params)
         cases.assert_close(jax.tree.map(lambda x, i=i: x[i], results), expected)
 
 
+@pytest.mark.parametrize("case", cases.main_cases())
+def test_no_array_is_twice_in_what_a_loop_donates(case: Case):
+    """Neither before the first step nor after it."""
+    params = cases.init_params()
+    begun = params, case.build().init(params)
+    give_away = jax.jit(lambda tree: jax.tree.map(lambda x: x, tree), donate_argnums=0)
+    for tree in (begun, cases.run(case.build(), steps=1)):
+        give_away(jax.tree.map(lambda x: x, tree))
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", cases.main_cases())
 def test_parameters_and_state_can_be_donated(case: Case):
     tx, params = case.build(), cases.init_params()

@@ -156,7 +156,7 @@ def test_noise_in_a_loop_is_no_pass_of_its_own():
 
 
 def test_random_perturbations_read_and_write_no_more_than_sam():
-    """Nothing donated: where a gradient is taken at the weights alone, SGD's too, XLA copies them."""
+    """Nothing donated: weights where alone a gradient is taken, as SGD's, XLA copies."""
     sam = _accessed(optax.chain(flatopt.sam(0.05), _base()), donate=False)
     for stage in (flatopt.rwp(0.01), flatopt.arwp(0.01)):
         assert _accessed(optax.chain(stage, _base()), donate=False) <= sam + 0.1
@@ -199,7 +199,6 @@ def test_lookahead_reads_and_writes_little_more_than_sgd():
 
 def test_msam_with_known_momentum_reads_and_writes_little_more_than_sgd():
     """One pass more, for the norm; as without it, two more, for a copy of the old momentum."""
-
     base = _accessed(_base())
     rarely = _rarely("bytes accessed") / (4 * optax.tree.size(_params()))
     assert _accessed(flatopt.msam_sgd(0.1, 0.3, momentum=MOMENTUM)) - rarely <= base + 1.5

@@ -213,9 +213,7 @@ def test_parameters_of_python_floats(case: Case):
 def test_python_floats_without_jit(case: Case):
     params: Any = {"a": 1.0, "b": np.float64(2.0)}
     tx = case.build()
-    state, step = tx.init(params), _step(tx, lambda p: p)
-    for _ in range(2):
-        params, state, _ = step(params, state)
+    params, _, _ = _step(tx, lambda p: p)(params, tx.init(params))
     assert all(bool(jnp.isfinite(x)) for x in jax.tree.leaves(params))
 
 

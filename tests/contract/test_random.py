@@ -23,8 +23,13 @@ RANDOM = list(
 by_name = pytest.mark.parametrize("case", RANDOM, ids=lambda case: case.name)
 
 
+GENERATORS = ["rbg"] + [
+    pytest.param(name, marks=pytest.mark.exhaustive) for name in ("threefry2x32", "unsafe_rbg")
+]
+
+
 @by_name
-@pytest.mark.parametrize("generator", ["threefry2x32", "rbg", "unsafe_rbg"])
+@pytest.mark.parametrize("generator", GENERATORS)
 def test_keys_of_every_generator(case: cases.Case, generator: str):
     key = jax.random.key(3, impl=generator)
     tx = case.build(key=key)
@@ -39,6 +44,18 @@ def test_keys_of_every_generator(case: cases.Case, generator: str):
     assert any((x != y).any() for x, y in pairs if jnp.issubdtype(x.dtype, jnp.floating))
 
 
+@by_name
+def test_raw_data_of_a_key_are_the_key(case: cases.Case):
+    """So is an int seed: the state begins with the same data."""
+    key, params = jax.random.key(5), cases.init_params()
+    typed, raw, seed = (
+        case.build(key=form).init(params) for form in (key, jax.random.key_data(key), 5)
+    )
+    cases.assert_equal(raw, typed)
+    cases.assert_equal(seed, typed)
+
+
+@pytest.mark.exhaustive
 @by_name
 def test_raw_data_of_a_key_draw_what_the_key_draws(case: cases.Case):
     key = jax.random.key(5)
