@@ -62,7 +62,7 @@ INSIDE = {
         ["_pac_bayes_bound"],
         ["_pac_bayes_posterior"],
         ["_quantise", "_similarity", "_barrier", "_symmetry"],
-        ["_geodesic", "_alignment"],
+        ["_geodesic", "_alignment", "_flips"],
     ],
     "curves": [["_bases"], ["_points"], ["_training", "_evaluation"]],
 }

@@ -11,6 +11,9 @@ from flatopt.measures._density import SpectralDensity as SpectralDensity
 from flatopt.measures._density import spectral_density as spectral_density
 from flatopt.measures._eigenvalues import Eigenvalues as Eigenvalues
 from flatopt.measures._eigenvalues import top_eigenvalues as top_eigenvalues
+from flatopt.measures._flips import flip_barrier as flip_barrier
+from flatopt.measures._flips import flip_energy as flip_energy
+from flatopt.measures._flips import flip_path as flip_path
 from flatopt.measures._geodesic import geodesic as geodesic
 from flatopt.measures._geodesic import geodesic_barrier as geodesic_barrier
 from flatopt.measures._gradients import fisher_trace as fisher_trace

@@ -14,7 +14,7 @@ from flatopt.measures._variables import Variables
 
 
 class Barrier(NamedTuple):
-    """Result of `linear_barrier` and `geodesic_barrier`.
+    """Result of `linear_barrier`, `geodesic_barrier` and `flip_barrier`.
 
     Attributes:
       height: the largest rise of the loss above the straight line between its ends' values; 0 if
