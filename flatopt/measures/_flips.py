@@ -233,8 +233,7 @@ def flip_energy(
 ) -> LocalEnergy:
     r"""The local energy of binary weights: the rise of the error when random signs are flipped.
 
-    .. math:: \delta E(d) = \mathbb E_{|S| = d n} \, E(w^{(S)}) - E(w), \quad
-       w^{(S)}_i = \mp w_i \text{ for } i \in S, \, i \notin S
+    .. math:: \delta E(d) = \mathbb E_{|S| = d n} \, E(w \odot (1 - 2 \cdot 1_S)) - E(w)
 
     Args:
       error_fn: `error_fn(params, batch)`, a batch's mean, such as its share of mistakes. Static.
@@ -248,9 +247,9 @@ def flip_energy(
     Examples:
       >>> import jax.numpy as jnp
       >>> from flatopt import measures
-      >>> share_of_minus = lambda w: jnp.mean(w < 0)
-      >>> print(measures.flip_energy(share_of_minus, jnp.ones(100), shares=[0.05, 0.5]).energy)
-      [0.05 0.5 ]
+      >>> result = measures.flip_energy(lambda w: jnp.mean(w < 0), jnp.ones(99), shares=[1 / 3])
+      >>> print(result.energy)
+      [0.333]
 
     References:
       Baldassi, Borgs, Chayes, Ingrosso, Lucibello, Saglietti, Zecchina. Unreasonable Effectiveness
