@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from benchmarks.compare import picture, report
 from benchmarks.record import RESULTS
-from examples import perceptron, three_regimes
+from examples import perceptron, phase_diagram, three_regimes
 from flatopt.plots import COLOURS, STYLE, tick_powers
 
 PLOTS = Path(__file__).parent / "plots"
@@ -224,7 +224,9 @@ def main() -> None:
     draw_perceptron(RESULTS / "perceptron.json", DOCS / "perceptron.png")
     regimes = json.loads((RESULTS / "three_regimes.json").read_text())
     three_regimes.draw(regimes, DOCS / "three_regimes.png")
-    print("drew compare.png, perceptron.png and three_regimes.png")
+    phases = json.loads((RESULTS / "phase_diagram.json").read_text())
+    phase_diagram.draw(phases, DOCS / "phase_diagram.png")
+    print("drew compare.png, perceptron.png, phase_diagram.png and three_regimes.png")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from benchmarks import (
     batch_hessian,
     compile_time,
     draw,
+    gossip,
     local_entropy,
     memory,
     noise,
@@ -29,7 +30,7 @@ from benchmarks import (
     whole_run,
 )
 from benchmarks.compare.report import Estimate
-from examples import perceptron, three_regimes
+from examples import perceptron, phase_diagram, three_regimes
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -183,6 +184,10 @@ def _three_regimes(results: dict[str, Any]) -> list[str]:
     return three_regimes.table(results).splitlines()
 
 
+def _phase_diagram(results: dict[str, Any]) -> list[str]:
+    return phase_diagram.table(results).splitlines()
+
+
 def _perceptron(results: dict[str, Any]) -> list[str]:
     return perceptron.table(results["arms"]).splitlines()
 
@@ -195,10 +200,12 @@ _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "batch_norm_compare": _batch_norm,
     "compare": _compare,
     "compile_time": compile_time.lines,
+    "gossip": gossip.lines,
     "local_entropy": _local_entropy,
     "memory": memory.lines,
     "noise": noise.lines,
     "perceptron": _perceptron,
+    "phase_diagram": _phase_diagram,
     "scaling": scaling.lines,
     "sparse": sparse.lines,
     "step_time": step_time.lines,
