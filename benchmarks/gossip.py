@@ -125,8 +125,9 @@ def measure(seeds: int, steps: int) -> dict[str, Any]:
 
 
 def _listed(values: Any) -> Any:
-    found = np.asarray(values, float)
-    return np.where(np.isfinite(found), found.round(6), None).tolist()
+    found = np.asarray(values, float).round(6).astype(object)
+    found[~np.isfinite(values)] = None
+    return found.tolist()
 
 
 def learned(accuracy: np.ndarray) -> int:

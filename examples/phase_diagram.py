@@ -191,8 +191,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def _listed(values: jax.Array) -> Any:
     """Nested lists, None for what is not a number."""
-    found = np.asarray(values, float)
-    return np.where(np.isfinite(found), found.round(6), None).tolist()
+    found = np.asarray(values, float).round(6).astype(object)
+    found[~np.isfinite(values)] = None
+    return found.tolist()
 
 
 def means(results: dict[str, Any]) -> dict[str, np.ndarray]:

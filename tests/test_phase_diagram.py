@@ -21,7 +21,8 @@ def results():
 def test_units_that_are_not_there_stay_away():
     """What lets all widths share a program."""
     unit = (jnp.arange(8) < 3).astype(jnp.float32)
-    params = phase_diagram.start(jax.random.key(0), unit)
+    with jax.numpy_rank_promotion("allow"):
+        params = phase_diagram.start(jax.random.key(0), unit)
     (x, labels), _ = digits.load(40)
     args = argparse.Namespace(steps=5, rate=0.1)
     train_set = (x.reshape(40, -1), labels)
@@ -36,9 +37,9 @@ def test_units_that_are_not_there_stay_away():
 
 def test_networks_of_one_output_have_no_likeness():
     x = jax.random.normal(jax.random.key(0), (20, 64))
-    params = phase_diagram.start(jax.random.key(1), jnp.ones(4))
-    constant = [*params[:4], jnp.zeros_like(params[4]), jnp.ones(10)]
     with jax.numpy_rank_promotion("allow"):
+        params = phase_diagram.start(jax.random.key(1), jnp.ones(4))
+        constant = [*params[:4], jnp.zeros_like(params[4]), jnp.ones(10)]
         assert np.isnan(phase_diagram.alike(params, constant, x))
         np.testing.assert_allclose(phase_diagram.alike(params, params, x), 1.0, rtol=1e-5)
 
