@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from benchmarks.compare import picture, report
 from benchmarks.record import RESULTS
-from examples import perceptron, phase_diagram, three_regimes
+from examples import binary_perceptron, perceptron, phase_diagram, three_regimes
 from flatopt.plots import COLOURS, STYLE, tick_powers
 
 PLOTS = Path(__file__).parent / "plots"
@@ -222,11 +222,14 @@ def main() -> None:
         print(f"drew {path.name}")
     draw_comparison(RESULTS / "compare_digits.json", DOCS / "compare.png")
     draw_perceptron(RESULTS / "perceptron.json", DOCS / "perceptron.png")
+    binary = json.loads((RESULTS / "binary_perceptron.json").read_text())
+    binary_perceptron.draw(binary["arms"], DOCS / "binary_perceptron.png")
     regimes = json.loads((RESULTS / "three_regimes.json").read_text())
     three_regimes.draw(regimes, DOCS / "three_regimes.png")
     phases = json.loads((RESULTS / "phase_diagram.json").read_text())
     phase_diagram.draw(phases, DOCS / "phase_diagram.png")
-    print("drew compare.png, perceptron.png, phase_diagram.png and three_regimes.png")
+    names = "perceptron, binary_perceptron, phase_diagram"
+    print(f"drew compare.png, and the pictures of {names} and three_regimes")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from benchmarks import (
     whole_run,
 )
 from benchmarks.compare.report import Estimate
-from examples import perceptron, phase_diagram, three_regimes
+from examples import binary_perceptron, perceptron, phase_diagram, three_regimes
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -188,6 +188,10 @@ def _phase_diagram(results: dict[str, Any]) -> list[str]:
     return phase_diagram.table(results).splitlines()
 
 
+def _binary_perceptron(results: dict[str, Any]) -> list[str]:
+    return binary_perceptron.table(results["arms"]).splitlines()
+
+
 def _perceptron(results: dict[str, Any]) -> list[str]:
     return perceptron.table(results["arms"]).splitlines()
 
@@ -198,6 +202,7 @@ _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "averages": averages.lines,
     "batch_hessian": batch_hessian.lines,
     "batch_norm_compare": _batch_norm,
+    "binary_perceptron": _binary_perceptron,
     "compare": _compare,
     "compile_time": compile_time.lines,
     "gossip": gossip.lines,

@@ -1,15 +1,20 @@
 """The examples of statistical physics: small runs, and the law that the sampler must follow."""
 
 import json
+import math
 import sys
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 
+from benchmarks import binary_perceptron as binary_recorder
 from benchmarks import perceptron as recorder
 from benchmarks.compare import training
-from examples import entropy_sgld, perceptron
+from examples import belief_propagation, binary_perceptron, entropy_sgld, perceptron
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_samplers_follow_the_integrated_law():
@@ -54,3 +59,48 @@ def test_perceptron_command(tmp_path, monkeypatch, capsys):
 def test_methods_cost_what_they_say(name):
     method = perceptron.METHODS[name]
     assert training.count_gradients(method.build(5), 5) == 5 * method.evaluations
+
+
+def test_binary_perceptron_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(binary_perceptron, "DRAWS", 5)
+    monkeypatch.setattr(belief_propagation, "ITERATIONS", 5)
+    arguments = ["--seeds", "2", "--evaluations", "4200", "--inputs", "51"]
+    where = ["--out", str(tmp_path / "p.png"), "--json", str(tmp_path / "p.json")]
+    monkeypatch.setattr(sys, "argv", ["binary_perceptron", *arguments, *where])
+    binary_recorder.main()
+    arms = {arm["method"]: arm for arm in json.loads((tmp_path / "p.json").read_text())["arms"]}
+    assert list(arms) == list(binary_perceptron.METHODS)
+    # Messages find signs that satisfy every pattern, and bear more flips than training's.
+    plain, focused = arms["sgd"], arms["focusing_bp"]
+    assert focused["train_errors"] == [0.0, 0.0]
+    assert np.mean(focused["margin"]) > np.mean(plain["margin"])
+    assert matplotlib.image.imread(tmp_path / "p.png").std() > 0.02
+    assert capsys.readouterr().out.count("focusing_bp") == 1
+
+
+def test_messages_of_a_pattern_are_those_of_the_exact_count():
+    # With the magnetisations of the others at +-1 but for one weight, up or down is a matter of
+    # one sum: the pattern asks for its own sign as soon as the others leave the sum at zero.
+    patterns = np.array([[1.0, -1.0, 1.0]])
+    told = belief_propagation.pattern_messages(patterns, np.zeros((1, 3)))
+    # P(sum of two free signs + s > 0) by the normal law of variance 2, with s = +-1.
+    up = 0.5 * (1 + math.erf(1 / 2))
+    np.testing.assert_allclose(told, patterns * np.log(up / (1 - up)) / 2, rtol=1e-5)
+
+
+def test_focusing_has_its_known_limits():
+    field = np.linspace(-1.0, 1.0, 5)
+    for y in (1.0, 3.0):
+        # Bound without slack, the y - 1 others say what the field says, each once.
+        told = belief_propagation.focusing_message(field, np.float32(1.0), y)
+        np.testing.assert_allclose(told, (y - 1) * field, atol=1e-5)
+    np.testing.assert_allclose(belief_propagation.focusing_message(field, 0.0, 3.0), 0.0)
+
+
+def test_flips_of_focused_signs_cost_least_in_the_committed_results():
+    arms = json.loads((ROOT / "benchmarks/results/binary_perceptron.json").read_text())["arms"]
+    energy = {arm["method"]: np.array(arm["flip_energy"])[:, 1:] for arm in arms}
+    assert energy["sgd"].shape == (8, 3)
+    # In the mean at all three distances, seed by seed at the larger two.
+    assert (energy["focusing_bp"].mean(0) < energy["sgd"].mean(0)).all()
+    assert (energy["focusing_bp"] < energy["sgd"])[:, 1:].all()
