@@ -30,7 +30,7 @@ from benchmarks import (
     whole_run,
 )
 from benchmarks.compare.report import Estimate
-from examples import binary_perceptron, perceptron, phase_diagram, three_regimes
+from examples import binary_perceptron, gaussian_mixture, perceptron, phase_diagram, three_regimes
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -192,6 +192,10 @@ def _binary_perceptron(results: dict[str, Any]) -> list[str]:
     return binary_perceptron.table(results["arms"]).splitlines()
 
 
+def _gaussian_mixture(results: dict[str, Any]) -> list[str]:
+    return gaussian_mixture.table(results["arms"]).splitlines()
+
+
 def _perceptron(results: dict[str, Any]) -> list[str]:
     return perceptron.table(results["arms"]).splitlines()
 
@@ -205,6 +209,7 @@ _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "binary_perceptron": _binary_perceptron,
     "compare": _compare,
     "compile_time": compile_time.lines,
+    "gaussian_mixture": _gaussian_mixture,
     "gossip": gossip.lines,
     "local_entropy": _local_entropy,
     "memory": memory.lines,

@@ -5,14 +5,23 @@ import math
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
 
 from benchmarks import binary_perceptron as binary_recorder
+from benchmarks import gaussian_mixture as mixture_recorder
 from benchmarks import perceptron as recorder
 from benchmarks.compare import training
-from examples import belief_propagation, binary_perceptron, entropy_sgld, perceptron
+from examples import (
+    belief_propagation,
+    binary_perceptron,
+    entropy_sgld,
+    gaussian_mixture,
+    perceptron,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -104,3 +113,32 @@ def test_flips_of_focused_signs_cost_least_in_the_committed_results():
     # In the mean at all three distances, seed by seed at the larger two.
     assert (energy["focusing_bp"].mean(0) < energy["sgd"].mean(0)).all()
     assert (energy["focusing_bp"] < energy["sgd"])[:, 1:].all()
+
+
+def test_gaussian_mixture_command(tmp_path, monkeypatch, capsys):
+    where = ["--seeds", "2", "--evaluations", "200", "--json", str(tmp_path / "g.json")]
+    monkeypatch.setattr(sys, "argv", ["gaussian_mixture", *where])
+    mixture_recorder.main()
+    arms = json.loads((tmp_path / "g.json").read_text())["arms"]
+    assert [(a["method"], a["loss"]) for a in arms[:-1]] == gaussian_mixture.ARMS
+    # Nothing beats the closed form in the mean.
+    best = np.mean(arms[-1]["angle"])
+    assert all(np.mean(arm["angle"]) > best for arm in arms[:-1])
+    assert "mean of y x" in capsys.readouterr().out
+
+
+def test_the_closed_form_is_the_error_on_new_inputs():
+    problem, v = gaussian_mixture.make_problem(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    y = rng.choice([-1.0, 1.0], size=20_000)
+    x = gaussian_mixture.CENTRE * y[:, None] * np.asarray(v) + rng.normal(size=(len(y), len(v)))
+    w = np.asarray(v) + 0.1 * np.asarray(problem.params[0])
+    counted = np.mean((x @ w) * y <= 0)
+    told = gaussian_mixture.score(problem, v, jnp.asarray(w[None])).test_errors
+    np.testing.assert_allclose(counted, told, atol=0.01)
+
+
+def test_replicas_come_nearer_than_sgd_in_the_committed_results():
+    arms = json.loads((ROOT / "benchmarks/results/gaussian_mixture.json").read_text())["arms"]
+    angles = {(arm["method"], arm["loss"]): np.array(arm["angle"]) for arm in arms}
+    assert (angles["replicated_sgd", "hinge"] < angles["sgd", "hinge"]).all()
