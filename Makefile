@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help demo test test-all lint bench docs clean
+.PHONY: help demo test test-all lint bench docs notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -40,6 +40,11 @@ bench: $(VENV)/.installed-bench  ## the short form of the benchmarks: tables, an
 
 docs: $(VENV)/.installed-docs  ## build the site into docs/_build/html; warnings are errors
 	$(BIN)/python -m sphinx -E -W --keep-going -b html docs docs/_build/html
+
+notebooks: $(VENV)/.installed-docs  ## the tutorials as notebooks, in out/notebooks
+	mkdir -p out/notebooks
+	for page in $(filter-out %/index.md,$(wildcard docs/tutorials/*.md)); do \
+	  $(BIN)/python -m jupytext --from md --to ipynb --output out/notebooks/$$(basename $$page .md).ipynb $$page; done
 
 clean:  ## remove the virtual environment and every output
 	rm -rf $(VENV) out docs/_build

@@ -38,6 +38,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
     ROOT / "benchmarks" / "README.md",
 ]
 MSAM = "msam momentum=0.9"  # As the results files call the row of `msam_sgd`.
