@@ -27,6 +27,7 @@ FAMILIES = {
     "replicas": "Replicas",
     "sparse": "Sparse training",
     "sphere": "The sphere",
+    "curvature": "Curvature",
     "learning_rates": "Learning rates",
     "monitoring": "Watching a run",
 }

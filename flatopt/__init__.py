@@ -6,6 +6,7 @@ Local entropy           local_entropy, entropy_sgd, langevin: a Langevin loop ar
 Replicas                replicated_sgd, parle, gossip, ...: several copies that attract each other
 Sparse training         sparse_training: few weights, and which ones is learnt (RigL, SET)
 The sphere              project_to_sphere, fixed_elr: weights of fixed norm
+Curvature               scale_by_kfac: K-FAC and EKFAC, from statistics of the layers
 Learning rates          sgd_by_curvature, batch_scaling: measured or computed, not tuned
 By name                 methods(): what there is, for scripts and trainers that choose by a string
 Evaluation              eval_params(opt_state, params): the weights to evaluate, for all of these
@@ -43,7 +44,15 @@ from flatopt._averaging.swag import SwagCovariance, SwagState, sample_params, sw
 from flatopt._averaging.wasam import wasam
 from flatopt._core.eval_params import HoldsEvalParams, eval_params, holds_eval_params
 from flatopt._core.grad_fn import GradFn, GradientFunction, make_grad_fn
+from flatopt._core.layer_statistics import (
+    LayerStatistics,
+    StatisticsFunction,
+    StatsFn,
+    make_stats_fn,
+)
 from flatopt._core.registry import Method, methods
+from flatopt._core.taps import tap
+from flatopt._curvature.scale_by_kfac import KfacState, scale_by_kfac
 from flatopt._entropy.entropy_sgd import entropy_sgd
 from flatopt._entropy.exponential_scoping import exponential_scoping
 from flatopt._entropy.langevin import langevin
@@ -252,6 +261,14 @@ __all__ = [  # noqa: RUF022 (grouped by family)
     "project_to_sphere",
     "ProjectToSphereState",
     "record_effective_learning_rate",
+    # curvature
+    "KfacState",
+    "LayerStatistics",
+    "make_stats_fn",
+    "scale_by_kfac",
+    "StatisticsFunction",
+    "StatsFn",
+    "tap",
     # learning rates
     "batch_scaling",
     "sgd_by_curvature",

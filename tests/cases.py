@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 import flatopt
+from flatopt._core import layers
 
 LEARNING_RATE = 0.05
 
@@ -39,11 +40,42 @@ def complete(
             return optax.chain(flatopt.gradient_at(perturbation, combiner=tx), base())
         case "stage":
             return optax.chain(tx, base())
+        case "preconditioner":
+            return optax.chain(with_statistics(tx), base())
         case "average":
             return optax.chain(base(), tx)
         case "wrapper":
             return tx
     raise ValueError(kind)
+
+
+def statistics_by_hand(params: Any, bases: Any = None) -> dict[str, flatopt.LayerStatistics]:
+    """Statistics that are no model's: of layers of any tree, from their own numbers."""
+    leaves, found = jax.tree.leaves(params), {}
+    diagonal = lambda n: jnp.diag(jnp.linspace(1.0, 2.5, n))  # noqa: E731 (no eigenvalue is twice)
+    for name, layer in layers.find_layers(params).items():
+        matrix = jnp.cos(layers.join(layer, leaves))
+        a = matrix @ matrix.T / layer.outputs + diagonal(layer.rows)
+        g = matrix.T @ matrix / layer.rows + diagonal(layer.outputs)
+        scales = None
+        if bases is not None:
+            diagonals = [
+                jnp.diagonal(q.T @ x @ q) for q, x in zip(bases[name], (a, g), strict=True)
+            ]
+            scales = jnp.outer(*diagonals)
+        found[name] = flatopt.LayerStatistics(a, g, scales)
+    return found
+
+
+def with_statistics(tx: optax.GradientTransformation) -> Optimizer:
+    """`tx`, given the statistics by hand where a test gives none."""
+    tx = optax.with_extra_args_support(tx)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        extra_args.setdefault("stats_fn", statistics_by_hand)
+        return tx.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +99,8 @@ class Case:
 
     Attributes:
       factory: its public name.
-      kind: perturbation, direction, combiner, stage, average or wrapper: how it becomes a whole
-        optimiser.
+      kind: perturbation, direction, combiner, stage, preconditioner (a stage that needs statistics),
+        average or wrapper: how it becomes a whole optimiser.
       kwargs: arguments of the factory.
       hyperparameter: an argument that may be a schedule or a traced array, or None.
       off: a value of `hyperparameter` at which the method is its base optimiser, or None.
@@ -271,6 +303,10 @@ CASES = [
     Case("project_to_sphere", "average", {"groups": "unit", "radius": 0.05}, "radius", copies=0.01, variant="unit"),
     Case("fixed_elr", "wrapper", {"learning_rate": 0.05, "radius": 0.3}, "learning_rate", copies=-1),
     Case("record_effective_learning_rate", "stage", {"learning_rate": LEARNING_RATE}),
+    # curvature
+    Case("scale_by_kfac", "preconditioner", {"damping": 0.5, "inverse_every": 2}, "damping", copies=4),
+    Case("scale_by_kfac", "preconditioner", {"damping": 0.5, "inverse": "exact", "every": 2}, "damping", copies=5, variant="exact"),
+    Case("scale_by_kfac", "preconditioner", {"damping": 0.5, "inverse": "eigen", "inverse_every": 3, "max_kl": 0.01, "learning_rate": LEARNING_RATE}, "damping", copies=5, variant="eigen"),
     # learning rates
     Case("sgd_by_curvature", "wrapper", {"learning_rate": 0.05, "every": 5, "num_steps": 4, "max_learning_rate": 0.1}, "max_learning_rate", extra_evaluations=8),
     Case("sgd_by_curvature", "wrapper", {"learning_rate": 0.05, "momentum": 0.9, "start": 3, "every": 3, "num_steps": 3, "rule": "median"}, extra_evaluations=9, variant="median"),

@@ -22,6 +22,7 @@ MECHANISMS = {
     "_replicas": ["replicas"],
     "_sparse": ["densities"],
     "_sphere": ["groups"],
+    "_curvature": [],
     "_learning_rates": [],
 }
 # Recipes: papers that are made of others.
@@ -50,6 +51,10 @@ CORE = [
     "timing",
     "momenta",
     "stage",
+    "taps",
+    "layers",
+    "kronecker",
+    "layer_statistics",
 ]
 # Inside a package beside the families, from the bottom up; those on one line are strangers.
 INSIDE = {

@@ -27,7 +27,8 @@ def _made(name: str) -> optax.GradientTransformationExtraArgs:
     method = METHODS[name]
     if method.kind == "optimizer":
         return method.factory(**_arguments(name))
-    return method.around(cases.sgd(), **_arguments(name))
+    tx = method.around(cases.sgd(), **_arguments(name))
+    return cases.with_statistics(tx) if "stats_fn" in method.needs else tx
 
 
 @pytest.mark.parametrize("name", METHODS)

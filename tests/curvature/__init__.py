@@ -1,0 +1,1 @@
+"""Tests: curvature in Kronecker factors."""
