@@ -52,7 +52,7 @@ def complete(
 def statistics_by_hand(params: Any, bases: Any = None) -> dict[str, flatopt.LayerStatistics]:
     """Statistics that are no model's: of layers of any tree, from their own numbers."""
     leaves, found = jax.tree.leaves(params), {}
-    diagonal = lambda n: jnp.diag(jnp.linspace(1.0, 2.5, n))  # noqa: E731 (no eigenvalue is twice)
+    diagonal = lambda n: jnp.diag(jnp.linspace(1.0, 1.0 + 0.5 * n, n))  # noqa: E731 (no eigenvalue is twice)
     for name, layer in layers.find_layers(params).items():
         matrix = jnp.cos(layers.join(layer, leaves))
         a = matrix @ matrix.T / layer.outputs + diagonal(layer.rows)
