@@ -79,7 +79,7 @@ def make_grad_fn(
     Args:
       loss_fn: scalar loss `loss_fn(model, *args, **kwargs)`, as for `eqx.filter_value_and_grad`.
       model: the module, whole.
-      *args, **kwargs: of the loss; an `eqx.nn.State` by name, for it has no batch axis.
+      args, kwargs: of the loss; an `eqx.nn.State` by name, for it has no batch axis.
       filter_spec: which leaves are trained, as in `optimizer.init(eqx.filter(model, ...))`. Static.
       has_aux, microbatches, weights: see `flatopt.make_grad_fn`.
 

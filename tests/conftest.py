@@ -1,8 +1,11 @@
 """Strict switches for every test: eight fake devices, no silent rank promotion."""
 
+import atexit
 import importlib.util
 import mmap
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +36,12 @@ FLAGS = [
 ]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *filter(_known, FLAGS)])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# What one worker has compiled, none compiles again; the workers inherit the folder.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="flatopt-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import pytest

@@ -52,8 +52,8 @@ def tap(name: str, inputs: jax.Array, outputs: jax.Array) -> jax.Array:
 
     Examples:
       >>> import jax.numpy as jnp, flatopt
-      >>> x, layer = jnp.ones([2, 3]), {"kernel": jnp.ones([3, 1]), "bias": jnp.zeros(1)}
-      >>> y = flatopt.tap("layer", x, x @ layer["kernel"] + layer["bias"])
+      >>> x, layer = jnp.ones([2, 3]), {"kernel": jnp.ones([3, 1])}
+      >>> y = flatopt.tap("layer", x, x @ layer["kernel"])
       >>> print(y.ravel())
       [3. 3.]
 
