@@ -59,7 +59,7 @@ CORE = [
 # Inside a package beside the families, from the bottom up; those on one line are strangers.
 INSIDE = {
     "measures": [
-        ["_variables", "_results", "_kl_inverse"],
+        ["_variables", "_results", "_kl_inverse", "_kfac_curvature"],
         ["_basis", "_operator"],
         ["_lanczos", "_rises", "_trace", "_sharpness", "_keskar", "_gradients", "_critical"],
         ["_scale_invariance", "_lanczos_rates"],

@@ -19,6 +19,8 @@ from flatopt.measures._geodesic import geodesic_barrier as geodesic_barrier
 from flatopt.measures._gradients import fisher_trace as fisher_trace
 from flatopt.measures._gradients import gradient_norm as gradient_norm
 from flatopt.measures._keskar import keskar_sharpness as keskar_sharpness
+from flatopt.measures._kfac_curvature import KfacCurvature as KfacCurvature
+from flatopt.measures._kfac_curvature import kfac_curvature as kfac_curvature
 from flatopt.measures._kl_inverse import kl_inverse as kl_inverse
 from flatopt.measures._kl_inverse import seeger_bound as seeger_bound
 from flatopt.measures._lanczos_rates import LanczosRates as LanczosRates
