@@ -166,6 +166,8 @@ def with_label_noise(
     rng: np.random.Generator, labels: np.ndarray, classes: int, share: float
 ) -> np.ndarray:
     """Labels of which exactly that share, rounded, is wrong."""
+    if not share:  # Labels may be one a place of a text, and are then never noisy.
+        return labels
     noisy = rng.permutation(len(labels))[: round(share * len(labels))]
     labels = labels.copy()
     # A shift by 1 to classes - 1: a noisy label is never the right one by accident.

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks.claims import graphs, images, text
 from benchmarks.claims.task import Task, drawer
 from benchmarks.claims.tasks import TASKS
 from benchmarks.compare.datasets import DataError
@@ -21,11 +22,58 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "digits_mlp": DIGITS,
     "digits_mlp_bn": DIGITS,
     "fashion_mlp": SMALL,
+    "fashion_cnn": SMALL | {"width": 4},
+    "cifar_resnet": SMALL | {"width": 1},
+    "cora_gcn": {"examples": 30, "valid_examples": 10, "width": 8},
+    "mutag_gin": SMALL,
+    "proteins_gin": SMALL | {"nodes": 6},
+    "nci1_gin": SMALL,
+    "sst2_bag": SMALL,
+    "sst2_transformer": SMALL,
+    "news20_bag": SMALL,
+    "shakespeare_gru": SMALL | {"length": 8},
+    "shakespeare_transformer": SMALL | {"length": 8},
 }
 
 
 def _labels(number: int, classes: int) -> np.ndarray:
     return (np.arange(number) % classes).astype(np.uint8)
+
+
+def _graphs(path: Any) -> None:
+    """Rings whose nodes are called like their class; 100 of 5 nodes or of 6, one in 20 of 7."""
+    sizes = np.array([7 if i % 20 == 0 else 5 + i % 2 for i in range(100)])
+    ends = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    ahead = [b + np.roll(np.arange(n), -1) for b, n in zip(ends[:-1], sizes, strict=True)]
+    there, nodes = np.concatenate(ahead), np.arange(ends[-1])
+    order = np.argsort(np.concatenate([nodes, there]), kind="stable")
+    both = np.stack([np.concatenate([nodes, there]), np.concatenate([there, nodes])])[:, order]
+    labels = _labels(100, 2)
+    np.savez(
+        path, node_label=np.repeat(labels, sizes), edge_index=both.astype(np.int32), y=labels,
+        node_ptr=ends, edge_ptr=2 * ends, fold=(np.arange(100) % 10).astype(np.int8),
+    )  # fmt: skip
+
+
+def _texts(path: Any, parts: dict[str, int], classes: int) -> None:
+    """Texts of up to four words, of which the first says the class."""
+    found: dict[str, Any] = {"vocab": np.array([str(i) for i in range(classes + 3)])}
+    for part, number in parts.items():
+        labels = _labels(number, classes)
+        texts = [[label + 1, *([classes + 1] * (i % 4))] for i, label in enumerate(labels)]
+        ends = np.concatenate([[0], np.cumsum([len(t) for t in texts])]).astype(np.int32)
+        found |= {f"ids_{part}": np.concatenate(texts).astype(np.uint16), f"ptr_{part}": ends}
+        found[f"y_{part}"] = labels
+    np.savez(path, **found)
+
+
+def _papers(path: Any) -> None:
+    """Papers that cite those of their class, with a word of its own."""
+    labels = _labels(100, 3)
+    i, j = np.nonzero((labels[:, None] == labels[None]) & ~np.eye(100, dtype=bool))
+    words = (labels[:, None] == np.arange(5)).astype(np.uint8)
+    edges = np.stack([i, j]).astype(np.int32)
+    np.savez(path, x=words, edge_index=edges, y=labels, test_idx=np.arange(70, 100))
 
 
 def _images(path: Any, shape: tuple[int, ...]) -> None:
@@ -44,6 +92,13 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory):
     """Tiny files of the formats that the tasks read."""
     folder = tmp_path_factory.mktemp("data")
     _images(folder / "fashion_mnist.npz", (28, 28))
+    _images(folder / "cifar10_25k.npz", (32, 32, 3))
+    _papers(folder / "cora.npz")
+    for name in ("mutag", "proteins", "nci1"):
+        _graphs(folder / f"tu_{name}.npz")
+    _texts(folder / "sst2.npz", {"train": 60, "valid": 20, "test": 20}, 2)
+    _texts(folder / "news20.npz", {"train": 60, "test": 20}, 4)
+    (folder / "tinyshakespeare.txt").write_text("to be, or not to be. " * 40)
     return folder
 
 
@@ -104,6 +159,36 @@ def test_the_parts_of_a_seed(task: Task):
 def test_the_loss_falls(task: Task):
     before, after, _ = _losses(task, [0, 1], 20).T
     assert (after < 0.9 * before).all(), (before, after)
+
+
+def test_a_convolution_is_a_product():
+    for size, stride, side in ((3, 1, 5), (3, 2, 6), (1, 2, 5)):
+        x = jnp.asarray(RNG.normal(size=(2, side, side, 3)), jnp.float32)
+        kernel = jnp.asarray(RNG.normal(size=(size, size, 3, 4)), jnp.float32)
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        expected = jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), "SAME", dimension_numbers=dimensions
+        )
+        np.testing.assert_allclose(images.convolve(x, kernel, stride), expected, atol=1e-5)
+
+
+def test_bits_come_back():
+    bits = RNG.random((3, 40)) < 0.5
+    np.testing.assert_array_equal(graphs.unpack(jnp.asarray(graphs.pack(bits)), 40), bits)
+
+
+def test_large_graphs_are_left_out(data_dir: Any):
+    task = TASKS["proteins_gin"](data_dir, examples=30, valid_examples=10, nodes=6)
+    train = task.draw(0).train.inputs
+    assert train["nodes"].shape == (30, 6)
+    links = np.asarray(graphs.unpack(jnp.asarray(train["links"]), 6))
+    np.testing.assert_array_equal(links, links.swapaxes(1, 2))
+    np.testing.assert_array_equal(links.sum(2), 2.0 * (train["nodes"] > 0))
+
+
+def test_texts_are_cut_and_padded():
+    found = text.padded(np.array([0, 3, 9, 2, 1]), np.array([0, 4, 4, 5]), 3, vocabulary=4)
+    assert found.tolist() == [[1, 4, 1], [0, 0, 0], [2, 0, 0]]
 
 
 NUMBERS = np.arange(100)[:, None]
