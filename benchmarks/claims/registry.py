@@ -1,0 +1,5 @@
+"""Every claim, in the order in which they run: one module a claim, one line here."""
+
+from benchmarks.claims.cell import Claim
+
+CLAIMS: tuple[Claim, ...] = ()
