@@ -17,6 +17,7 @@ import flatopt
 Loss = Callable[[jax.Array], jax.Array]
 BEALE_SADDLE = (0.0, 1.0)
 STARTS = 64
+ESCAPE_RATE, NOISE, ESCAPED = 0.02, 0.5, 0.5
 SPREAD = 0.02  # Of the starts around the saddle.
 
 
@@ -76,6 +77,48 @@ def trapped(
     starts = saddle[None, :] + SPREAD / 2 * noise
     ends = jax.vmap(lambda start: descend(tx, loss, start, steps))(starts)
     return jnp.sum(jnp.linalg.norm(ends - saddle[None, :], axis=1) < SPREAD)
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "paths", "ema"))
+def escape_times(
+    rho: jax.Array,
+    batch_size: jax.Array,
+    momentum: float = 0.0,
+    *,
+    steps: int,
+    paths: int = 256,
+    ema: bool = False,
+) -> jax.Array:
+    """When runs of unnormalised SAM from the quartic saddle are `ESCAPED` away from it.
+
+    Args:
+      rho: radius.
+      batch_size: B; a gradient's noise is `NOISE` / sqrt(B), the same in both gradients of a step.
+      momentum: of the descent.
+      steps: of a run, and the time of a run that stays.
+      paths: number of runs.
+      ema: whether momentum is a mean of gradients, instead of their sum.
+    """
+    rate = ESCAPE_RATE * ((1 - momentum) if ema else 1)
+    tx = optax.chain(flatopt.unified_sam(rho, lam=0.0), optax.sgd(rate, momentum=momentum))
+
+    def loss(w: jax.Array, noise: jax.Array) -> jax.Array:
+        return quartic(w, 1.0) + jnp.vdot(noise, w)
+
+    def run(key: jax.Array) -> jax.Array:
+        def step(carry: Any, number: jax.Array) -> tuple[Any, jax.Array]:
+            w, state = carry
+            draw = jax.random.normal(jax.random.fold_in(key, number), (2,))
+            grad_fn = flatopt.make_grad_fn(loss, NOISE / jnp.sqrt(batch_size) * draw)
+            updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
+            w = optax.apply_updates(w, updates)
+            return (w, state), jnp.abs(w[0]) > ESCAPED
+
+        start = jnp.zeros(2)
+        away = jax.lax.scan(step, (start, tx.init(start)), jnp.arange(steps))[1]
+        return jnp.where(jnp.any(away), jnp.argmax(away) + 1, steps)
+
+    return jax.vmap(run)(jax.random.split(jax.random.key(0), paths))
 
 
 def cycle_radius(eta: float, lam: float, rho: float) -> float:

@@ -75,3 +75,19 @@ def test_the_variance_of_lookahead(alpha: float, k: int):
     expected = saddles.lookahead_variance_ratio(eta, alpha, k)
     assert expected < 1
     np.testing.assert_allclose(measured, expected, rtol=0.03)
+
+
+def test_what_delays_the_escape():
+    """A larger radius and a larger batch; momentum hastens it as a sum alone, by a larger step."""
+
+    def median(rho: float, batch_size: float, momentum: float = 0.0, ema: bool = False) -> float:
+        rho, batch_size = jnp.float32(rho), jnp.float32(batch_size)
+        return float(
+            np.median(
+                saddles.escape_times(rho, batch_size, momentum, steps=2000, paths=64, ema=ema)
+            )
+        )
+
+    plain = median(0.0, 1)
+    assert plain < median(0.2, 1) < median(0.5, 1) < median(0.5, 64)
+    assert median(0.0, 1, 0.9) < 0.5 * plain < plain < median(0.0, 1, 0.9, ema=True)
