@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import flatopt
+from benchmarks import bare
 from benchmarks.methods import (
     EMA_DECAY,
     EVERY,
@@ -181,6 +182,20 @@ def _optax_sam(opaque: bool) -> Any:
     return optax.contrib.sam(sgd(), adversarial, sync_period=2, opaque_mode=opaque)
 
 
+def bare_step(program: bare.Bare, loss_fn: LossFn) -> Step:
+    """The step of a program of `benchmarks.bare`."""
+
+    def step(carry: Carry, batch: Any) -> Carry:
+        params, state = carry
+        return program.step(params, state, lambda point: jax.grad(loss_fn)(point, *batch))
+
+    return step
+
+
+def _init_bare(program: bare.Bare) -> Callable[[Any], Carry]:
+    return lambda params: (params, program.init(params))
+
+
 def optax_sam(loss_fn: LossFn, opaque: bool) -> Step:
     """`optax.contrib.sam`, one whole SAM step a call: two updates in transparent mode."""
     tx = _optax_sam(opaque)
@@ -233,6 +248,15 @@ def alternatives() -> list[Alternative]:
         Alternative("looksam, by hand", "looksam every=5", looksam, _init_looksam),
         Alternative("optax.incremental_update", "params_ema", ema, _init_ema),
         Alternative("optax.lookahead", "lookahead", optax_lookahead, _init_optax_lookahead),
+        *(
+            Alternative(
+                f"{program.method}, bare",
+                program.method,
+                functools.partial(bare_step, program),
+                _init_bare(program),
+            )
+            for program in bare.PROGRAMS
+        ),
     ]
 
 
