@@ -52,6 +52,7 @@ CORE = [
     "momenta",
     "stage",
     "taps",
+    "unfolding",
     "layers",
     "kronecker",
     "layer_statistics",

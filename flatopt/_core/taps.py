@@ -37,6 +37,11 @@ def record(taps: Mapping[str, jax.Array]) -> Iterator[Recording]:
         _RECORDING.reset(token)
 
 
+def is_recording() -> bool:
+    """Whether a tap would be seen."""
+    return _RECORDING.get() is not None
+
+
 def tap(name: str, inputs: jax.Array, outputs: jax.Array) -> jax.Array:
     r"""Marks a layer of a model in plain JAX, for `make_stats_fn`; elsewhere it does nothing.
 
