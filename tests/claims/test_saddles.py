@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import flatopt
-from benchmarks.claims import saddles
+from benchmarks import record
+from benchmarks.claims import saddle_cells, saddles, store
 
 BEALE = jnp.array(saddles.BEALE_SADDLE)
 
@@ -91,3 +92,10 @@ def test_what_delays_the_escape():
     plain = median(0.0, 1)
     assert plain < median(0.2, 1) < median(0.5, 1) < median(0.5, 64)
     assert median(0.0, 1, 0.9) < 0.5 * plain < plain < median(0.0, 1, 0.9, ema=True)
+
+
+def test_the_committed_records():
+    records = store.read(record.RESULTS / "claims", "saddles")
+    assert set(records) == {cell.name for cell in saddle_cells.cells("full")}
+    assert saddle_cells.verdict(records).word == "reproduced"
+    assert saddle_cells.table(records).count("\n") > len(records)
