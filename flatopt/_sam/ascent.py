@@ -187,8 +187,9 @@ def gradient_ema_direction(
         del params, extra_args
         d, mean = direction(updates, state, state.step if step is None else step)
         new = GradientEmaState(optax.safe_increment(state.step), mean)
-        # The stage stands outside `apply_if_finite`, so it must not keep what that will reject.
-        finite = jnp.isfinite(tree_math.norm(updates))
+        # The stage stands outside `apply_if_finite`, so it must not keep what that will reject. The
+        # ascent takes the same norm of d: of the gradient, it would be one more pass over memory.
+        finite = jnp.isfinite(tree_math.norm(d))
         if any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(mean)):
             finite &= jnp.isfinite(tree_math.norm(mean))  # Its range ends before the gradient's.
         return d, optax.tree.where(finite, new, state)
