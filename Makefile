@@ -4,7 +4,10 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help demo test test-all lint bench docs notebooks clean
+FUZZ_FIRST ?= 1000000
+FUZZ_NUMBER ?= 2000
+
+.PHONY: help demo test test-all fuzz lint bench docs notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -25,6 +28,9 @@ test: $(VENV)/.installed-test  ## the whole test suite
 
 test-all: $(VENV)/.installed-test  ## the test suite with its exhaustive part
 	$(BIN)/python -m pytest -n $(WORKERS) -m "" $(TEST_ARGS)
+
+fuzz: $(VENV)/.installed-test  ## random chains over random trees, from seed FUZZ_FIRST on; goes on where it stopped
+	$(BIN)/python -m benchmarks.fuzz --first $(FUZZ_FIRST) --number $(FUZZ_NUMBER) --json out/fuzz_$(FUZZ_FIRST).json
 
 lint: $(VENV)/.installed-lint  ## style, formatting and types
 	$(BIN)/ruff check .

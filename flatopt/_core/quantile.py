@@ -4,7 +4,7 @@ The bit patterns of floats >= 0, read as integers, are in the order of the float
 the one sought are found one after another, each with one count over all entries.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -20,8 +20,9 @@ def quantile(x: jax.Array, q: jax.typing.ArrayLike) -> jax.Array:
 
     Equals `jnp.quantile`.
     """
-    if x.size <= SORTED_SIZE:
-        return jnp.quantile(tree_math.replicate(x), q)
+    # Sorted, an array that is spread over devices would have to be gathered first.
+    if x.size <= SORTED_SIZE and not tree_math.is_on_mesh(x):
+        return jnp.quantile(x, q)
     patterns = _patterns(x)
     position = jnp.asarray(q, x.dtype) * (x.size - 1)
     below = jnp.floor(position).astype(jnp.int32)
@@ -38,25 +39,11 @@ def quantile(x: jax.Array, q: jax.typing.ArrayLike) -> jax.Array:
 
 
 def largest(x: jax.Array, number: jax.typing.ArrayLike) -> jax.Array:
-    """Bools, True at exactly `number` largest entries of `x`, floats >= 0 in one dimension.
+    """Bools, True at exactly `number` largest entries of `x`, floats >= 0.
 
     Of equal entries the first ones are taken; NaN counts as less than all others.
     """
-    # Once for all that looks at it: computed anew, as XLA may do, an entry has another last bit.
-    x = jax.lax.optimization_barrier(x)
-    patterns = jnp.where(jnp.isnan(x), 0, _patterns(x) + 1)
-    least = _last(
-        lambda candidate: jnp.sum(patterns >= candidate) >= number, patterns.dtype, _num_bits(x)
-    )
-    above, equal = patterns > least, patterns == least
-    left = number - jnp.sum(above)
-
-    def among_first(end: jax.Array) -> jax.Array:
-        return equal & (jnp.arange(x.size, dtype=jnp.uint32) < end)
-
-    bits = x.size.bit_length()
-    end = _last(lambda candidate: jnp.sum(among_first(candidate)) <= left, jnp.uint32, bits)
-    return above | among_first(end)
+    return _largest_of_all([x], number)[0]
 
 
 def largest_in_tree(scores: Any, number: jax.typing.ArrayLike) -> Any:
@@ -64,8 +51,50 @@ def largest_in_tree(scores: Any, number: jax.typing.ArrayLike) -> Any:
     leaves, structure = jax.tree.flatten(scores)
     if not leaves:
         return scores
-    joined = jnp.concatenate([tree_math.replicate(x).ravel() for x in leaves])
+    if any(map(tree_math.is_on_mesh, leaves)):
+        # Joined, leaves that are spread over devices would have to be gathered first.
+        return jax.tree.unflatten(structure, _largest_of_all(leaves, number))
+    joined = jnp.concatenate([x.ravel() for x in leaves])
     return jax.tree.unflatten(structure, tree_math.split(largest(joined, number), leaves))
+
+
+def _largest_of_all(parts: list[jax.Array], number: jax.typing.ArrayLike) -> list[jax.Array]:
+    """`largest` of all entries of the parts together, one part after another."""
+    dtype = jnp.result_type(*parts)
+    # Once for all that looks at it: computed anew, as XLA may do, an entry has another last bit.
+    parts = jax.lax.optimization_barrier([x.astype(dtype) for x in parts])
+    patterns = [jnp.where(jnp.isnan(x), 0, _patterns(x) + 1) for x in parts]
+    least = _last(
+        lambda candidate: _count(p >= candidate for p in patterns) >= number,
+        patterns[0].dtype,
+        _num_bits(parts[0]),
+    )
+    above, equal = [p > least for p in patterns], [p == least for p in patterns]
+    left, places = number - _count(above), _places(parts)
+
+    def among_first(end: jax.Array) -> list[jax.Array]:
+        return [e & (place < end) for e, place in zip(equal, places, strict=True)]
+
+    bits = sum(x.size for x in parts).bit_length()
+    end = _last(lambda candidate: _count(among_first(candidate)) <= left, jnp.uint32, bits)
+    return [a | f for a, f in zip(above, among_first(end), strict=True)]
+
+
+def _count(masks: Iterable[jax.Array]) -> jax.Array:
+    return sum((jnp.sum(m) for m in masks), jnp.int32(0))
+
+
+def _places(parts: list[jax.Array]) -> list[jax.Array]:
+    """The number of each entry in the row of all, lying where the entries lie."""
+    found, before = [], 0
+    for x in parts:
+        place, stride = jnp.full_like(x, before, jnp.uint32), 1
+        for axis in reversed(range(x.ndim)):
+            place += jnp.uint32(stride) * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            stride *= x.shape[axis]
+        found.append(place)
+        before += x.size
+    return found
 
 
 def _patterns(x: jax.Array) -> jax.Array:

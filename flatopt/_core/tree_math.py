@@ -15,9 +15,10 @@ import optax
 JOINED_SIZE = 2**14
 JOINED_NUMBER = 32
 # Sums of squares in float32 lose nothing between these; entries times one of the scales, by which
-# larger and smaller ones are multiplied, have squares there. The powers of two keep every bit.
+# larger and smaller ones are multiplied, have squares there. The powers of two keep every bit. XLA
+# multiplies zeros that it knows, as of a mask, by the square of the scale: that must be finite.
 SMALLEST_SQUARE, LARGEST_SQUARE = 2.0**-96, 2.0**127
-SCALES = 2.0**-90, 2.0**90
+SCALES = 2.0**-90, 2.0**63
 
 EPSILON = 1e-12  # Guards every division by a norm; the value of the SAM reference implementations.
 
@@ -62,9 +63,9 @@ def norm(tree: Any) -> jax.Array:
 
     def scaled() -> jax.Array:
         down, up = (jnp.float32(scale) for scale in SCALES)
-        factor, inverse = jnp.where(square > 1, down, up), jnp.where(square > 1, up, down)
+        factor = jnp.where(square > 1, down, up)
         moved = [x.astype(accumulator_dtype(x.dtype)) * factor for x in leaves]
-        return jnp.sqrt(_sum_of_products(moved, moved)) * inverse
+        return jnp.sqrt(_sum_of_products(moved, moved)) / factor
 
     is_plain = (square > SMALLEST_SQUARE) & (square < LARGEST_SQUARE)
     if any(jax.typeof(x).sharding.mesh.are_all_axes_explicit for x in leaves):

@@ -142,11 +142,12 @@ def entropy_sgd(
     Cost: `num_steps` extra gradients ("pittorino": 1 fewer); 1 copy, "lua": 0 (+3 temporary).
     """
     checks.check_number("learning_rate", learning_rate, low=0.0)
-    checks.check_number("momentum", momentum, low=0.0, high=1.0, high_allowed=False)
+    beta_inner = momentum if inner_momentum is None else inner_momentum
+    for name, beta in (("momentum", momentum), ("inner_momentum", beta_inner)):
+        checks.check_number(name, beta, low=0.0, high=1.0, high_allowed=False)
     program = _program(form, nesterov, dampening)
     scaled = program.scale_by_gamma if scale_by_gamma is None else scale_by_gamma
     reuses = program.initial_gradient if initial_gradient is None else initial_gradient
-    beta_inner = momentum if inner_momentum is None else inner_momentum
     loop = local_entropy(
         num_steps,
         gamma,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flatopt._core import quantile as _quantile
 
@@ -41,6 +42,24 @@ def test_the_largest_are_those_of_a_stable_sort(kind: str, number: int):
     expected = np.zeros(SIZE, bool)
     expected[np.argsort(-x, stable=True)[:number]] = True
     np.testing.assert_array_equal(jax.jit(_quantile.largest)(x, number), expected)
+
+
+@pytest.mark.parametrize("number", [0, 7, 30, 40])
+def test_the_largest_of_a_tree_on_a_mesh_are_those_on_one_device(number: int):
+    """Counted leaf by leaf there; of equal entries the first ones, in the order of the leaves."""
+    rng = np.random.default_rng(1)
+    shapes = {"a": (8, 3), "b": (), "c": (2, 1, 4), "d": (0,), "e": (7,)}
+    tree = {k: jnp.asarray(rng.integers(0, 4, s), jnp.float32) for k, s in shapes.items()}
+    expected = _quantile.largest_in_tree(tree, number)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+        specs = {k: PartitionSpec("d") if k == "a" else PartitionSpec() for k in shapes}
+        with jax.set_mesh(mesh):
+            placed = {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in tree.items()}
+            found = jax.jit(_quantile.largest_in_tree)(placed, number)
+        for k in shapes:
+            np.testing.assert_array_equal(found[k], expected[k])
+            assert found[k].sharding.is_equivalent_to(placed[k].sharding, placed[k].ndim)
 
 
 def test_nan_is_less_than_all_others():

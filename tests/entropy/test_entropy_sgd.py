@@ -55,6 +55,11 @@ def test_unknown_form():
         flatopt.entropy_sgd(0.1, 5, 0.1, form="c")
 
 
+def test_a_wrong_inner_momentum_is_named_so():
+    with pytest.raises(ValueError, match=r"^inner_momentum=1\.5 is out of range"):
+        flatopt.entropy_sgd(0.1, 5, 0.1, inner_momentum=1.5)
+
+
 @pytest.mark.parametrize("knob", [{"nesterov": False}, {"dampening": 0.1}])
 @pytest.mark.parametrize("form", ["lua", "pittorino"])
 def test_knobs_that_a_program_does_not_have(form: str, knob: dict[str, Any]):
