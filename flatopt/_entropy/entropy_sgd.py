@@ -143,8 +143,7 @@ def entropy_sgd(
     """
     checks.check_number("learning_rate", learning_rate, low=0.0)
     beta_inner = momentum if inner_momentum is None else inner_momentum
-    for name, beta in (("momentum", momentum), ("inner_momentum", beta_inner)):
-        checks.check_number(name, beta, low=0.0, high=1.0, high_allowed=False)
+    _check_momenta(momentum=momentum, inner_momentum=beta_inner)
     program = _program(form, nesterov, dampening)
     scaled = program.scale_by_gamma if scale_by_gamma is None else scale_by_gamma
     reuses = program.initial_gradient if initial_gradient is None else initial_gradient
@@ -184,6 +183,11 @@ def entropy_sgd(
         return tree_math.scale(-eta, d), EntropySgdState(step, b, inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_momenta(**momenta: Any) -> None:
+    for name, beta in momenta.items():
+        checks.check_number(name, beta, low=0.0, high=1.0, high_allowed=False)
 
 
 def _program(form: str, nesterov: bool, dampening: Any) -> Form:
