@@ -103,6 +103,18 @@ class Every:
             return function(carry)
         return tree_math.apply_if(self.is_due(step), function, carry)
 
+    def branch(self, step: jax.Array, function: Callable[[Any], Any], carry: Any) -> Any:
+        """`run` for work on what its loop would not change: out of a loop XLA takes all of that.
+
+        Then it is done in every update, due or not. A branch keeps it, and copies `carry`.
+        """
+        if self.always:
+            return function(carry)
+        carry = jax.tree.map(jnp.asarray, carry)
+        return jax.lax.cond(
+            self.is_due(step), lambda c: tree_math.cast_like(function(c), c), lambda c: c, carry
+        )
+
 
 def _checked(start: int | None, every: int | None) -> tuple[int, int]:
     checks.check_count("start", start, 0)

@@ -164,11 +164,11 @@ class _Kfac:
             return rest, state._replace(step=step, fallback_state=fallback_state)
         _require_stats_fn(stats_fn)
         carry = state.weight, state.factors, state.inverses
-        carry = self.when.run(state.step, lambda c: self._take_in(c, stats_fn, params), carry)
+        carry = self.when.branch(state.step, lambda c: self._take_in(c, stats_fn, params), carry)
         weight, factors, inverses = carry
         damping = nonnegative_at(self.damping, state.step)
-        _, inverses = self.when_inverse.run(
-            state.step, lambda c: (c[0], self._invert(c[0], damping)), (factors, inverses)
+        inverses = self.when_inverse.branch(
+            state.step, lambda _: self._invert(factors, damping), inverses
         )
         leaves, structure = jax.tree.flatten(rest)
         steps = self._steps(found, jax.tree.leaves(updates), inverses, damping, state.step)

@@ -136,6 +136,20 @@ def test_statistics_are_computed_only_when_due():
     assert step._cache_size() == 1
 
 
+def test_what_is_not_due_is_in_a_branch_that_the_compiler_leaves_alone():
+    """Out of a loop, even one of no turns, XLA takes all that does not change in it."""
+    params, tx = _params(3, 4, 2), flatopt.scale_by_kfac(0.3, every=5, inverse_every=10)
+
+    def update(params, state):
+        return tx.update(params, state, params, stats_fn=flatopt.make_stats_fn(_model, X))
+
+    text = jax.jit(update).lower(params, tx.init(params)).compile().as_text()
+    whole, main = text.count("potrf"), text[text.index("ENTRY") :]
+    assert whole >= 4  # Decompositions, two of each layer,
+    assert "potrf" not in main  # none of them outside the branch,
+    assert main.count("tanh") == 0  # nor the model, which the statistics alone ask for.
+
+
 def test_statistics_of_shards_average_to_those_of_the_batch():
     params, x = _params(3, 4, 2), jnp.tile(X, (8, 1))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
