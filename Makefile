@@ -7,7 +7,7 @@ WORKERS ?= 2
 FUZZ_FIRST ?= 1000000
 FUZZ_NUMBER ?= 2000
 
-.PHONY: help demo test test-all fuzz lint bench docs notebooks clean
+.PHONY: help demo test test-all fuzz dist lint bench docs notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -31,6 +31,19 @@ test-all: $(VENV)/.installed-test  ## the test suite with its exhaustive part
 
 fuzz: $(VENV)/.installed-test  ## random chains over random trees, from seed FUZZ_FIRST on; goes on where it stopped
 	$(BIN)/python -m benchmarks.fuzz --first $(FUZZ_FIRST) --number $(FUZZ_NUMBER) --json out/fuzz_$(FUZZ_FIRST).json
+
+dist: $(BIN)/python  ## wheel and sdist in out/dist, each tried in an empty environment
+	rm -rf out/dist out/tried && mkdir -p out/dist
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build --outdir out/dist .
+	for package in out/dist/*; do \
+	  $(PYTHON) -m venv --clear out/tried && \
+	  out/tried/bin/python -m pip install --quiet --disable-pip-version-check $$package && \
+	  (cd out/tried && JAX_PLATFORMS=cpu bin/python -c "import jax.numpy as jnp, optax, flatopt; \
+	    tx, w = optax.chain(flatopt.sam(0.5), optax.sgd(1.0)), jnp.array([3.0, 4.0]); \
+	    u, _ = tx.update(w, tx.init(w), w, grad_fn=lambda w, i: w); \
+	    assert jnp.allclose(u, jnp.array([-3.3, -4.4])); print(flatopt.__version__, flatopt.__file__)") || exit 1; \
+	done
 
 lint: $(VENV)/.installed-lint  ## style, formatting and types
 	$(BIN)/ruff check .
